@@ -1,0 +1,71 @@
+"""What the platform is fast at: the compute dtype and, on a CPU, the compiler's flags.
+
+XLA's CPU backend is several times slower than oneDNN at training, and emulates bfloat16, unless told
+to call oneDNN. An XLA that does not know a flag aborts the process, so flags are set by version.
+"""
+
+import importlib.metadata
+import logging
+import os
+import pathlib
+
+import jax
+
+_LOG = logging.getLogger(__name__)
+
+_ONEDNN_FLAGS = {
+    "--xla_cpu_experimental_onednn_custom_call": "true",
+    "--xla_cpu_experimental_ynn_fusion_type": "",
+}
+_FIRST_ONEDNN_JAXLIB = (0, 11)
+
+
+def _jaxlib_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+
+
+def _has_amx() -> bool:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and " amx_bf16" in cpuinfo.read_text()
+
+
+def _is_cpu_fast_at_bfloat16() -> bool:
+    flags = os.environ.get("XLA_FLAGS", "")
+    return "onednn_custom_call=true" in flags and _has_amx()
+
+
+def set_flags() -> None:
+    """Adds the CPU compiler flags to XLA_FLAGS; call it before JAX first touches a device.
+
+    Flags that the user has set stay as they are. On a machine with an accelerator they do no harm:
+    they concern the CPU backend alone.
+    """
+    if _jaxlib_version() < _FIRST_ONEDNN_JAXLIB:
+        return
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [f"{name}={value}" for name, value in _ONEDNN_FLAGS.items() if name not in given]
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *missing]))
+
+
+def compute_dtype() -> str:
+    """Returns bfloat16 on accelerators and on CPUs with matrix units in reach, else float32."""
+    if jax.default_backend() == "cpu" and not _is_cpu_fast_at_bfloat16():
+        return "float32"
+    return "bfloat16"
+
+
+def describe() -> str:
+    """Returns one line on the devices, for the log."""
+    devices = jax.devices()
+    flags = os.environ.get("XLA_FLAGS", "")
+    return (
+        f"{len(devices)} x {devices[0].device_kind} on {jax.process_count()} host(s),"
+        f" compute in {compute_dtype()} unless set" + (f", XLA_FLAGS: {flags}" if flags else "")
+    )
+
+
+def enable_compilation_cache(path: str) -> None:
+    """Keeps compiled programs under `path` (empty: not at all), for the next start."""
+    if path:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(path).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

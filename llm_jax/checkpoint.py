@@ -1,0 +1,421 @@
+"""Checkpoints that explain themselves and restore on any mesh; the only file that imports Orbax.
+
+    WORKDIR/checkpoints/STEP/params     the model's parameters, what sampling reads
+    WORKDIR/checkpoints/STEP/training   optimiser state and counters
+    WORKDIR/checkpoints/STEP/meta       config, tokenizer, code version, a fingerprint per array
+    WORKDIR/checkpoints_damaged/        what could not be read, moved aside by a resuming run
+
+Orbax writes into a temporary folder and renames it, so a save that was cut off is never seen. What
+was damaged afterwards shows by the fingerprints, sums over the bits of each array that do not
+depend on how it is sharded.
+"""
+
+import dataclasses
+import logging
+import pathlib
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+
+import llm_jax
+from llm_jax import config as config_lib
+from llm_jax import errors
+from llm_jax import train_step
+
+FORMAT_VERSION = 1
+
+# What Orbax and TensorStore raise on files that are missing, cut short or changed.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError)
+
+_LOG = logging.getLogger(__name__)
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read, or its arrays are not those that were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself.
+
+    Attributes:
+      step: updates tried.
+      config: of the run.
+      tokenizer: `Tokenizer.to_dict()`.
+      versions: of the code and its libraries.
+      fingerprints: of each array, by its path.
+    """
+
+    step: int
+    config: config_lib.RunConfig
+    tokenizer: dict[str, Any]
+    versions: dict[str, str]
+    fingerprints: dict[str, int]
+
+
+def directory(workdir: str) -> epath.Path:
+    """Returns the folder of a run's checkpoints; `workdir` may be local or `gs://`."""
+    return epath.Path(workdir).expanduser().absolute() / "checkpoints"
+
+
+def code_version() -> dict[str, str]:
+    """Returns the versions of the code and of the libraries that decide its numbers."""
+    versions = {name: metadata.version(name) for name in ("jax", "flax", "optax")}
+    versions["llm_jax"] = llm_jax.__version__
+    package = pathlib.Path(llm_jax.__file__).parent
+    if shutil.which("git") and (package.parent / ".git").exists():
+        command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty"]
+        described = subprocess.run(command, capture_output=True, text=True, check=False)
+        versions["commit"] = described.stdout.strip() or "none"
+    return versions
+
+
+# --- trees --------------------------------------------------------------------------------------
+
+
+def _path_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names the entries of a tree path; a variable's own `value` is left out."""
+    names = []
+    for entry in path:
+        name = getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", None)))
+        names.append(str(name))
+    return tuple(names[:-1] if names[-1] == "value" else names)
+
+
+def to_nested(tree: Any) -> dict[str, Any]:
+    """Returns a tree's arrays as nested dicts by name, which any later version can read."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, last = _path_keys(path)
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return nested
+
+
+def from_nested(target: Any, nested: Mapping[str, Any]) -> Any:
+    """Returns `target` with its leaves taken from nested dicts made by `to_nested`."""
+
+    def pick(path, _):
+        value = nested
+        for name in _path_keys(path):
+            value = value[name]
+        return value
+
+    return jax.tree_util.tree_map_with_path(pick, target)
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    index = jnp.zeros((1,) * x.ndim, jnp.uint32)
+    for dim, size in enumerate(x.shape):
+        shape = [1] * x.ndim
+        shape[dim] = size
+        index = index * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+    # An odd factor that differs by place: an exchange of two elements shows as well.
+    return jnp.sum(words * (2 * index + 1) * jnp.uint32(2654435761), dtype=jnp.uint32)
+
+
+@jax.jit
+def _fingerprints(tree: Any) -> Any:
+    return jax.tree.map(_fingerprint, tree)
+
+
+def fingerprints(nested: Mapping[str, Any]) -> dict[str, int]:
+    """Returns a 32-bit sum over the bits of each array, by path; independent of sharding."""
+    sums = jax.device_get(_fingerprints(nested))
+    flat = jax.tree_util.tree_flatten_with_path(sums)[0]
+    return {"/".join(_path_keys(path)): int(value) for path, value in flat}
+
+
+def _abstract(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Gives each leaf a sharding on real devices; under a mesh, eval_shape knows only its names."""
+
+    def on_devices(leaf):
+        # A scalar that no sharded array went into carries no sharding: it is replicated.
+        spec = jax.sharding.PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(on_devices, tree)
+
+
+def _split(state: train_step.TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    training = {
+        "step": state.step,
+        "num_skipped": state.num_skipped,
+        "opt_state": to_nested(state.opt_state),
+    }
+    return to_nested(state.model), training
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_meta(step_dir: epath.Path) -> Meta:
+    """Reads what a checkpoint says of itself.
+
+    Raises:
+      DamagedError: it cannot be read.
+      errors.UserError: it was written by a newer version.
+    """
+    try:
+        raw = _checkpointer().restore(
+            step_dir, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )["meta"]
+        version = raw["format"]
+    except _DAMAGE as error:
+        raise DamagedError(_one_line(error)) from error
+    if version > FORMAT_VERSION:
+        raise errors.UserError(
+            f"{step_dir} has checkpoint format {version}; this llm_jax reads up to"
+            f" {FORMAT_VERSION}: update it"
+        )
+    return Meta(
+        step=raw["step"],
+        config=config_lib.from_dict(raw["config"]),
+        tokenizer=raw["tokenizer"],
+        versions=raw["versions"],
+        fingerprints=raw["fingerprints"],
+    )
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _read_arrays(step_dir: epath.Path, meta: Meta, targets: dict[str, Any]) -> dict[str, Any]:
+    """Reads the named parts of a checkpoint onto the shardings of `targets` and checks them."""
+    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    try:
+        arrays = _checkpointer().restore(step_dir, args=ocp.args.Composite(**args))
+        arrays = {name: arrays[name] for name in targets}
+    except _DAMAGE as error:
+        raise DamagedError(_one_line(error)) from error
+    for path, value in fingerprints(arrays).items():
+        if meta.fingerprints.get(path) != value:
+            raise DamagedError(f"array {path} is not what was saved (fingerprint differs)")
+    return arrays
+
+
+def restore_params(step_dir: epath.Path, meta: Meta, model: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Reads the parameters alone.
+
+    Args:
+      step_dir: folder of one step.
+      meta: of that step.
+      model: abstract model, made under `mesh`.
+      mesh: where the parameters go; any mesh, whatever they were trained on.
+
+    Raises:
+      DamagedError: they cannot be read, or are not those that were saved.
+    """
+    targets = {"params": to_nested(_abstract(model, mesh))}
+    return from_nested(model, _read_arrays(step_dir, meta, targets)["params"])
+
+
+def find(workdir: str, step: int | None = None) -> tuple[epath.Path, Meta]:
+    """Returns folder and description of a step, or of the latest one that can be described.
+
+    Raises:
+      errors.UserError: there is no such checkpoint, or it is damaged; says which there are.
+    """
+    checkpoint_dir = directory(workdir)
+    known = steps(checkpoint_dir)
+    if not known:
+        raise errors.UserError(f"--workdir={workdir} has no checkpoints under {checkpoint_dir}")
+    if step is not None and step not in known:
+        raise errors.UserError(f"--step={step}: {checkpoint_dir} has steps {known}")
+    for candidate in reversed(known) if step is None else [step]:
+        step_dir = checkpoint_dir / str(candidate)
+        try:
+            return step_dir, read_meta(step_dir)
+        except DamagedError as error:
+            _LOG.warning("checkpoint %s is damaged and left out: %s", step_dir, error)
+    raise errors.UserError(f"no checkpoint under {checkpoint_dir} can be read (see above)")
+
+
+def steps(checkpoint_dir: epath.Path) -> list[int]:
+    """Returns the steps that were saved whole, in ascending order."""
+    if not checkpoint_dir.exists():
+        return []
+    return sorted(ocp.utils.checkpoint_steps(checkpoint_dir))
+
+
+# --- the manager of a training run --------------------------------------------------------------
+
+
+class Checkpoints:
+    """Saves and restores the state of one run, asynchronously."""
+
+    def __init__(self, workdir: str, config: config_lib.RunConfig, tokenizer: dict[str, Any]):
+        self._directory = directory(workdir)
+        self._config = config
+        self._tokenizer = tokenizer
+        keep = ocp.checkpoint_managers.AnyPreservationPolicy(
+            [
+                ocp.checkpoint_managers.LatestN(config.checkpoint.max_to_keep),
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: -metrics["eval_loss"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, enable_async_checkpointing=True
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self._directory, options=self._options)
+
+    def save(self, state: train_step.TrainState, eval_loss: float | None = None) -> None:
+        """Starts saving; returns once the arrays are copied off the devices.
+
+        Args:
+          state: to be saved, under its own step.
+          eval_loss: ranks the checkpoint, in nats a token; None: it is never the best.
+        """
+        step = int(state.step)
+        params, training = _split(state)
+        meta = {
+            "format": FORMAT_VERSION,
+            "step": step,
+            "config": config_lib.to_dict(self._config),
+            "tokenizer": self._tokenizer,
+            "versions": code_version(),
+            "fingerprints": fingerprints({"params": params, "training": training}),
+        }
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            training=ocp.args.StandardSave(training),
+            meta=ocp.args.JsonSave(meta),
+        )
+        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        self._manager.save(step, args=args, metrics=metrics, force=True)
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step saved, or None."""
+        return self._manager.latest_step()
+
+    def restore_latest(
+        self, state: train_step.TrainState, mesh: jax.sharding.Mesh
+    ) -> train_step.TrainState | None:
+        """Reads the newest checkpoint that is whole; older ones if the newest is damaged.
+
+        Args:
+          state: abstract state, made under `mesh`.
+          mesh: of this run; the checkpoint may come from another.
+
+        Returns:
+          The state, or None where nothing was saved.
+
+        Raises:
+          errors.UserError: the model or the optimiser is not that of the checkpoint, or there are
+            checkpoints and none can be read.
+        """
+        params, training = _split(state)
+        targets = _abstract({"params": params, "training": training}, mesh)
+        damaged = []
+        for step in reversed(self._manager.all_steps()):
+            step_dir = self._directory / str(step)
+            try:
+                meta = read_meta(step_dir)
+                check_resumable(meta, self._config, self._tokenizer)
+                arrays = _read_arrays(step_dir, meta, targets)
+            except DamagedError as error:
+                damaged.append(step_dir)
+                _LOG.warning("checkpoint %s is damaged and left out: %s", step_dir, error)
+                continue
+            self._set_aside(damaged)
+            training = arrays["training"]
+            return train_step.TrainState(
+                step=training["step"],
+                num_skipped=training["num_skipped"],
+                model=from_nested(state.model, arrays["params"]),
+                opt_state=from_nested(state.opt_state, training["opt_state"]),
+            )
+        if damaged:
+            raise errors.UserError(
+                f"all {len(damaged)} checkpoints under {self._directory} are damaged (see the"
+                " warnings above); restore them from a copy, or use a new --workdir"
+            )
+        return None
+
+    def _set_aside(self, damaged: list[epath.Path]) -> None:
+        """Moves damaged checkpoints out of the way of the run that will save those steps again."""
+        if not damaged:
+            return
+        self._manager.close()
+        if jax.process_index() == 0:
+            aside = self._directory.with_name("checkpoints_damaged")
+            aside.mkdir(parents=True, exist_ok=True)
+            for step_dir in damaged:
+                target = aside / f"{step_dir.name}-{int(time.time())}"
+                step_dir.rename(target)
+                _LOG.warning("moved %s to %s", step_dir, target)
+        ocp.utils.sync_global_processes("llm_jax:set_aside")
+        self._manager = self._open()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk; raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def differences(saved: Any, current: Any, prefix: str) -> list[str]:
+    """Returns one line for each setting that differs between two frozen configs."""
+    lines = []
+    for field in dataclasses.fields(saved):
+        old, new = getattr(saved, field.name), getattr(current, field.name)
+        name = f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(old):
+            lines += differences(old, new, name)
+        elif old != new:
+            lines.append(f"{name}: {old!r} in the checkpoint, {new!r} now")
+    return lines
+
+
+def check_resumable(
+    meta: Meta, config: config_lib.RunConfig, tokenizer: Mapping[str, Any]
+) -> None:
+    """Checks that a run can go on from a checkpoint.
+
+    Raises:
+      errors.UserError: model, optimiser or tokenizer differ; lists the differences.
+    """
+    refused = differences(meta.config.model, config.model, "config.model")
+    if meta.config.optim.name != config.optim.name:
+        names = f"{meta.config.optim.name!r} in the checkpoint, {config.optim.name!r} now"
+        refused.append(f"config.optim.name: {names}")
+    if meta.tokenizer != dict(tokenizer):
+        refused.append("the tokenizer is another one")
+    if refused:
+        raise errors.UserError(
+            f"the checkpoint of step {meta.step} does not fit this config: "
+            + "; ".join(refused)
+            + ". Use its settings to go on, or a new --workdir to begin anew"
+        )
+    for line in differences(meta.config, config, "config"):
+        _LOG.info("resuming with a change: %s", line)
+
+

@@ -1,0 +1,160 @@
+"""What every command shares: flags in, one-line errors out, and the backend set up first.
+
+    def define_flags():
+        command.define_workdir("Folder of the run.")
+
+    def main():
+        train(command.config_from_flags(), command.required("workdir"))
+
+    if __name__ == "__main__":
+        command.run(main, define_flags)
+
+Flags are defined when a module runs as a command, not when it is imported by another one.
+"""
+
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+import ml_collections
+from ml_collections import config_flags
+
+from llm_jax import backend
+from llm_jax import config as config_lib
+from llm_jax import errors
+
+USAGE_ERROR = 2  # the exit code of a command that was called wrongly
+
+def define_config() -> None:
+    """Defines `--config=FILE[:arg]` and its overrides `--config.x.y=z`."""
+    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/tiny.py.")
+
+
+def define_workdir(help_text: str) -> None:
+    """Defines `--workdir`, the folder that holds everything of one run."""
+    flags.DEFINE_string("workdir", None, help_text)
+
+
+def required(name: str) -> str:
+    """Returns the value of a flag, or raises UserError that says what it is for."""
+    flag = flags.FLAGS[name]
+    if not flag.value:
+        raise errors.UserError(f"--{name} is missing: {flag.help}")
+    return flag.value
+
+
+def config_from_flags() -> config_lib.RunConfig:
+    """Returns the checked config of `--config=FILE[:arg]` and its `--config.x.y=z` overrides."""
+    raw = required("config")
+    if not isinstance(raw, ml_collections.ConfigDict):
+        raise errors.UserError("--config: get_config() must return a ConfigDict (config.new())")
+    raw = ml_collections.ConfigDict(raw)
+    for path, value in _none_overrides.items():
+        section, _, name = path.rpartition(".")
+        target = raw
+        for part in filter(None, section.split(".")):
+            target = target[part]
+        target[name] = value
+    return config_lib.from_config_dict(raw)
+
+
+_none_overrides: dict[str, None] = {}
+
+
+def _field_type(path: str) -> type:
+    """Returns the type of setting `path` ("optim.name"); UserError if there is none."""
+    kind, walked = config_lib.RunConfig, "config"
+    for part in path.split("."):
+        fields = typing.get_type_hints(kind) if hasattr(kind, "__dataclass_fields__") else {}
+        if part not in fields:
+            known = f"; {walked} has {', '.join(fields)}" if fields else ""
+            hint = errors.nearest(part, fields) or known
+            raise errors.UserError(f"--config.{path}: {walked}.{part} is not a setting{hint}")
+        kind, walked = fields[part], f"{walked}.{part}"
+    return kind
+
+
+def _take_none_overrides(argv: Sequence[str]) -> list[str]:
+    """Checks the names of all overrides and takes out `--config.x=None`, which ml_collections
+    cannot parse for a setting that is a number otherwise."""
+    kept = []
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        path = name.lstrip("-").removeprefix("config.")
+        if not name.startswith(("--config.", "-config.")):
+            kept.append(arg)
+            continue
+        # `--noprofile` has a counterpart for nested settings that absl spells `--noconfig.x`.
+        kind = _field_type(path)
+        if equals and value in ("None", "none") and type(None) in typing.get_args(kind):
+            _none_overrides[path] = None
+        else:
+            kept.append(arg)
+    return kept
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+    for arg in argv:
+        name, _, value = arg.partition("=")
+        if name.lstrip("-") == "config" and value:
+            path = pathlib.Path(value.partition(":")[0])
+            if not path.is_file():
+                siblings = [p.stem for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+                hint = errors.nearest(path.stem, siblings)
+                raise errors.UserError(f"--config: there is no file {path}{hint}")
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        _check_config_file(argv)
+        rest = flags.FLAGS(_take_none_overrides(argv))
+        if len(rest) > 1:
+            raise errors.UserError(f"{rest[1]!r} is not a flag; settings are --config.x.y=value")
+        return rest
+    except (flags.Error, errors.UserError) as error:
+        exit_with(error)
+
+
+def exit_with(error: Exception) -> typing.NoReturn:
+    """Prints one line to stderr and exits with the usage-error code."""
+    text = " ".join(str(error).split())
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    sys.exit(USAGE_ERROR)
+
+
+def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`. A UserError ends the process with one line and code 2."""
+    define_flags()
+    # Third-party start-up chatter (TensorFlow's CPU feature notes, gRPC's fork warnings).
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    backend.set_flags()
+
+    def guarded(argv: list[str]) -> None:
+        del argv
+        logging.set_verbosity(logging.INFO)
+        logging.use_python_logging(quiet=True)
+        _log_to_stderr()
+        try:
+            sys.exit(main() or 0)
+        except errors.UserError as error:
+            exit_with(error)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _log_to_stderr() -> None:
+    """Lines of our own, short; of others (Orbax logs each file), warnings alone."""
+    import logging as std_logging
+
+    root = std_logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    handler = std_logging.StreamHandler(sys.stderr)
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    std_logging.getLogger("absl").setLevel(std_logging.WARNING)
+    std_logging.getLogger("llm_jax").setLevel(std_logging.INFO)

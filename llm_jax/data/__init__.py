@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, the token cache on disk and the tf.data pipeline."""

@@ -1,0 +1,195 @@
+"""Documents to token caches: once for each source, split and tokenizer.
+
+    CACHE_DIR/tokens/KEY/            a token cache
+    CACHE_DIR/tokenizers/KEY.json    a tokenizer that was trained on the training split
+    CACHE_DIR/tfds/                  TFDS datasets
+
+A key hashes whatever the content follows from, so a change of any of it makes a new cache, and a
+finished cache is never written to again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from llm_jax import config as config_lib
+from llm_jax import errors
+from llm_jax.data import file_lock
+from llm_jax.data import sources
+from llm_jax.data import token_cache
+from llm_jax.data import tokenizer as tokenizer_lib
+
+# Documents are tokenised this many characters at a time: enough to keep threads busy, little enough
+# that memory stays at some hundred MB whatever the size of the corpus.
+_CHUNK_CHARS = 1 << 22
+_KEY_LENGTH = 24  # hex digits of a sha256: collisions are out of the question
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run reads: two token caches and the tokenizer that made them."""
+
+    train: token_cache.TokenCache
+    eval: token_cache.TokenCache
+    tokenizer: tokenizer_lib.Tokenizer
+
+
+def prepare(run_config: config_lib.RunConfig) -> Prepared:
+    """Tokenises both splits of a run, or opens what was tokenised before.
+
+    Several processes may do this at once: one works, the others wait for it and use its result.
+
+    Raises:
+      errors.UserError: bad input of any kind, a vocabulary that is larger than the model's, or a
+        damaged cache.
+    """
+    data = run_config.data
+    if "://" in data.cache_dir:
+        raise errors.UserError(
+            f"data.cache_dir = {data.cache_dir!r} is remote: token caches are memory-mapped, so"
+            " give a local directory"
+        )
+    tokenizer = make_tokenizer(data)
+    if tokenizer.vocab_size > run_config.model.vocab_size:
+        raise errors.UserError(
+            f"data.tokenizer = {data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than"
+            f" model.vocab_size = {run_config.model.vocab_size}: set"
+            f" --config.model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    return Prepared(
+        train=_prepare_split(data, data.train_split, tokenizer),
+        eval=_prepare_split(data, data.eval_split, tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def make_tokenizer(data: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
+    """Returns the tokenizer of a config; one to be trained is trained once and kept.
+
+    Raises:
+      errors.UserError: a bad spec or file; or bad documents, if it has to be trained on them.
+    """
+    size = tokenizer_lib.trained_size(data.tokenizer)
+    if size is None:
+        return tokenizer_lib.load(data.tokenizer)
+    key = _key("train_bpe", size, sources.identity(data, data.train_split))
+    path = _cache_dir(data) / "tokenizers" / f"{key}.json"
+    with file_lock.hold(path.parent / f".{key}.lock"):
+        if not path.exists():
+            _log.info("training %s on %s, split %s", data.tokenizer, data.source, data.train_split)
+            documents = functools.partial(sources.documents, data, data.train_split)
+            trained = tokenizer_lib.make(data.tokenizer, documents)
+            temporary = path.with_suffix(".tmp")  # the lock is held: nobody else's
+            token_cache.write_synced(temporary, json.dumps(trained.to_dict()).encode())
+            os.replace(temporary, path)
+    return tokenizer_lib.from_dict(json.loads(path.read_bytes()))
+
+
+def cache_path(
+    data: config_lib.DataConfig, split: str, tokenizer: tokenizer_lib.Tokenizer
+) -> pathlib.Path:
+    """Returns where the token cache of a split is, or will be. Raises as `sources.identity`."""
+    key = _key(token_cache.FORMAT_VERSION, sources.identity(data, split), tokenizer.fingerprint())
+    return _cache_dir(data) / "tokens" / key
+
+
+def _cache_dir(data: config_lib.DataConfig) -> pathlib.Path:
+    return pathlib.Path(data.cache_dir).expanduser()
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:_KEY_LENGTH]
+
+
+def _prepare_split(
+    data: config_lib.DataConfig, split: str, tokenizer: tokenizer_lib.Tokenizer
+) -> token_cache.TokenCache:
+    path = cache_path(data, split, tokenizer)
+    if token_cache.exists(path):
+        return token_cache.TokenCache.open(path)
+    with token_cache.lock(path):
+        # Another process may have made it while this one waited.
+        if token_cache.exists(path):
+            return token_cache.TokenCache.open(path)
+        documents = sources.documents(data, split)
+        return token_cache.write(
+            path,
+            tokenized(documents, tokenizer, progress=f"{data.source} {split}"),
+            source=data.source,
+            split=split,
+            tokenizer=data.tokenizer,
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+
+
+def tokenized(
+    documents: Iterable[str], tokenizer: tokenizer_lib.Tokenizer, *, progress: str
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields the ids (int32, no eos) and the UTF-8 bytes of each document, in their order.
+
+    Shows a progress bar named `progress` where stderr is a terminal.
+
+    Raises:
+      errors.UserError: a document that the tokenizer refuses; says which.
+    """
+    num_documents = num_tokens = num_bytes = 0
+    with tqdm.tqdm(desc=progress, unit=" documents", disable=None) as bar:
+        for chunk in _chunks(documents):
+            for ids, size in zip(
+                _encode(chunk, tokenizer, num_documents), map(_num_bytes, chunk), strict=True
+            ):
+                num_tokens += len(ids)
+                num_bytes += size
+                yield ids, size
+            num_documents += len(chunk)
+            seconds = max(bar.format_dict["elapsed"], 1e-3)
+            rate = num_tokens / seconds
+            bar.set_postfix_str(f"{num_bytes / 1e6:.1f} MB, {rate / 1e6:.2f} M tokens/s", False)
+            bar.update(len(chunk))
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _encode(
+    chunk: list[str], tokenizer: tokenizer_lib.Tokenizer, first_index: int
+) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_batch(chunk)
+    except errors.UserError:
+        # Find the one that is refused, to name it.
+        for index, document in enumerate(chunk):
+            try:
+                tokenizer.encode(document)
+            except errors.UserError as error:
+                number = first_index + index + 1
+                raise errors.UserError(f"document {number} of the split: {error}") from error
+        raise
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    num_chars = 0
+    for document in documents:
+        chunk.append(document)
+        num_chars += len(document)
+        if num_chars >= _CHUNK_CHARS:
+            yield chunk
+            chunk, num_chars = [], 0
+    if chunk:
+        yield chunk

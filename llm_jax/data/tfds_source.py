@@ -1,0 +1,142 @@
+"""Documents of a TFDS dataset. Importing this imports TensorFlow."""
+
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+
+from llm_jax import errors
+from llm_jax.data import file_lock
+from llm_jax.data import host_tensorflow
+
+tf = host_tensorflow.load()
+
+import tensorflow_datasets as tfds  # noqa: E402 (TensorFlow must have been told of devices first)
+
+# Registers our builder with TFDS.
+from llm_jax.data.builders.state_of_the_union import (  # noqa: E402
+    state_of_the_union_dataset_builder,  # noqa: F401
+)
+
+TEXT_FEATURE = "text"
+
+_log = logging.getLogger(__name__)
+
+
+def documents(name: str, split: str, cache_dir: str) -> Iterator[str]:
+    """Yields the text of each example of a split, in the order it is stored in.
+
+    Args:
+      name: of the dataset, as `tfds.builder` takes it.
+      split: a split's name; TFDS's slices (`train[:10%]`) will do as well.
+      cache_dir: prepared datasets are in its folder `tfds`.
+
+    Raises:
+      errors.UserError: an unknown dataset, config or split, no single text feature, or a dataset
+        that is not there and cannot be downloaded.
+    """
+    builder = prepared(name, cache_dir)
+    _check_split(builder, split)
+    feature = text_feature(builder)
+    dataset = builder.as_dataset(
+        split=split,
+        shuffle_files=False,
+        decoders=tfds.decode.PartialDecoding({feature: True}),
+        # One file after the other: the order is then that of the files.
+        read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+    )
+    for index, example in enumerate(dataset.as_numpy_iterator()):
+        try:
+            yield example[feature].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise errors.UserError(
+                f"tfds:{name}, split {split!r}, example {index}: {feature!r} is not UTF-8: {error}"
+            ) from error
+
+
+def prepared(name: str, cache_dir: str) -> tfds.core.DatasetBuilder:
+    """Returns the builder of a dataset, built or downloaded into CACHE_DIR/tfds if need be."""
+    data_dir = pathlib.Path(cache_dir).expanduser() / "tfds"
+    # Explicit, or TFDS looks for the dataset in other places, some of them remote.
+    try:
+        builder = tfds.builder(name, data_dir=os.fspath(data_dir), try_gcs=False)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        base = re.split(r"[/:]", name)[0]
+        hint = errors.nearest(base, tfds.list_builders(with_community_datasets=False))
+        raise errors.UserError(f"data.source: TFDS has no dataset {name!r}{hint}") from error
+    except (ValueError, ImportError, AssertionError) as error:
+        # Unknown configs and versions, and builders with needs of their own.
+        raise errors.UserError(f"data.source: tfds:{name}: {_one_line(error)}") from error
+    # Two runs that start together must not both build it: the slower one fails in TFDS.
+    with file_lock.hold(data_dir / f".{builder.name}.lock"):
+        if not builder.is_prepared():
+            _download_and_prepare(builder, name, data_dir)
+    return builder
+
+
+def _download_and_prepare(
+    builder: tfds.core.DatasetBuilder, name: str, data_dir: pathlib.Path
+) -> None:
+    _log.info("tfds:%s is not in %s yet: preparing it", name, data_dir)
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            file_format="tfrecord",
+        )
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        ImportError,
+        tf.errors.OpError,
+    ) as error:
+        # What downloads (`requests` raises OSErrors), checksums and missing extras raise.
+        raise errors.UserError(
+            f"data.source: tfds:{name} is not prepared in {data_dir}, and preparing it failed"
+            f" ({type(error).__name__}: {_one_line(error)}). Check the network, or copy a prepared"
+            " dataset there"
+        ) from error
+
+
+def text_feature(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns `text` if the dataset has it, else its only string feature; UserError otherwise."""
+    features = builder.info.features
+    kinds = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    strings = [
+        name
+        for name, feature in kinds.items()
+        if getattr(feature, "shape", None) == () and feature.np_dtype in (str, bytes, object)
+    ]
+    if TEXT_FEATURE in strings:
+        return TEXT_FEATURE
+    if len(strings) == 1:
+        return strings[0]
+    raise errors.UserError(
+        f"data.source: tfds:{builder.info.full_name} has no feature {TEXT_FEATURE!r} and"
+        f" {len(strings) or 'no'} string features, so its text is not known; features:"
+        f" {', '.join(f'{name} ({type(kind).__name__})' for name, kind in kinds.items())}"
+    )
+
+
+def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
+    splits = list(builder.info.splits)
+    for part in split.split("+"):
+        base = part.partition("[")[0].strip()
+        if base not in splits:
+            hint = errors.nearest(base, splits)
+            raise errors.UserError(
+                f"tfds:{builder.name} has no split {base!r}: its splits are"
+                f" {', '.join(splits)}{hint}"
+            )
+    try:
+        builder.info.splits[split]
+    except (ValueError, KeyError, AssertionError) as error:
+        raise errors.UserError(
+            f"split {split!r} of tfds:{builder.name}: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,37 @@
+"""The dimension key: one letter, one meaning, in every array suffix, einsum and sharding rule.
+
+A name such as `x_BTD` says that the array has dimensions batch, query length and model width.
+Layers stacked for `jax.lax.scan` carry a leading `L` that their names, written for one layer, omit.
+"""
+
+DIMS = {
+    "B": "batch (sequences)",
+    "T": "query length (tokens)",
+    "S": "key length (tokens)",
+    "D": "model width",
+    "H": "query heads (K * G)",
+    "K": "key-value heads",
+    "G": "query heads per key-value head",
+    "C": "head width",
+    "F": "feed-forward width",
+    "V": "vocabulary",
+    "P": "positions of a learned table",
+    "L": "layers",
+    "N": "tokens (B * T)",
+    "E": "experts",
+    "X": "expert capacity",
+    "R": "routed slots",
+}
+
+
+def suffix(name: str) -> str:
+    """Returns the dimension letters of an array's name: `"w_DF"` gives `"DF"`.
+
+    Raises:
+      ValueError: the name has no suffix, or a letter of it is not in the key.
+    """
+    letters = name.rpartition("_")[2]
+    unknown = [letter for letter in letters if letter not in DIMS]
+    if unknown or "_" not in name:
+        raise ValueError(f"{name!r} does not end in an underscore and letters of {''.join(DIMS)}")
+    return letters

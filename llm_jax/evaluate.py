@@ -1,0 +1,108 @@
+"""One pass over a split, and the command `python -m llm_jax.evaluate --workdir=...`.
+
+The command scores a finished or running experiment's checkpoint with the config that the
+checkpoint carries; `--config.x.y=z` is not needed and not taken.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+from absl import flags
+
+from llm_jax import checkpoint
+from llm_jax import command
+from llm_jax import config as config_lib
+from llm_jax import losses
+from llm_jax import mesh as mesh_lib
+from llm_jax import sharding
+from llm_jax import train_step
+from llm_jax.data import batch as batch_lib
+from llm_jax.data import pipeline
+from llm_jax.data import placement
+from llm_jax.data import prepare
+from llm_jax.data import token_cache
+from llm_jax.models import build
+from llm_jax.models import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Scores a model on one split.
+
+    Attributes:
+      cache: tokens of the split.
+      config: of the run.
+      batch_sharding: of a global batch.
+      eval_step: from `train_step.make_eval_step`.
+    """
+
+    cache: token_cache.TokenCache
+    config: config_lib.RunConfig
+    batch_sharding: jax.sharding.NamedSharding
+    eval_step: Callable[[decoder.Decoder, batch_lib.Batch], losses.LossSums]
+
+    def __call__(self, model: decoder.Decoder) -> dict[str, float]:
+        """Returns `eval/<split>/loss` (nats a token), `perplexity` and `bits_per_byte`."""
+        total = None
+        for batch in self._batches():
+            sums = self.eval_step(model, batch)
+            total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+        total = jax.device_get(total)
+        loss = float(total.cross_entropy) / max(float(total.weight), 1.0)
+        tokens_per_byte = self.cache.num_tokens / max(self.cache.num_bytes, 1)
+        split = self.cache.manifest.split
+        return {
+            f"eval/{split}/loss": loss,
+            f"eval/{split}/perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
+            f"eval/{split}/bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        }
+
+    def _batches(self) -> Iterator[batch_lib.Batch]:
+        data = self.config.data
+        shape = (data.batch_size, data.sequence_length)
+        rows = placement.host_rows(self.batch_sharding, shape)
+        host_batches = pipeline.eval_batches(
+            self.cache, data, rows=rows, num_steps=self.config.train.eval_steps
+        )
+        return placement.on_mesh(host_batches, self.batch_sharding, data.batch_size, rows)
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    """Returns the scores of one split as a line for the terminal."""
+    named = {name.rpartition("/")[2]: value for name, value in scores.items()}
+    split = next(iter(scores)).split("/")[1]
+    return f"{split}: " + "  ".join(
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in named.items()
+    )
+
+
+def define_flags() -> None:
+    command.define_workdir("Folder of the run to score.")
+    flags.DEFINE_integer("step", None, "Checkpoint to score; the latest if not given.")
+
+
+def main() -> None:
+    workdir = command.required("workdir")
+    step_dir, meta = checkpoint.find(workdir, flags.FLAGS.step)
+    config = dataclasses.replace(meta.config, mesh=config_lib.MeshConfig(rules="fsdp"))
+    mesh = mesh_lib.make(config.mesh)
+    sharding.check(config, mesh)
+    rules = sharding.axis_rules(config.mesh)
+    with jax.set_mesh(mesh):
+        abstract = build.abstract_model(config.model, rules)
+        model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
+        evaluator = Evaluator(
+            prepare.prepare(config).eval,
+            config,
+            jax.sharding.NamedSharding(mesh, rules.act("BT")),
+            train_step.make_eval_step(),
+        )
+        scores = evaluator(model)
+    print(json.dumps({"step": meta.step} | scores))
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags)

@@ -1,0 +1,1 @@
+"""Attention: masks, a reference and the implementations that agree with it."""

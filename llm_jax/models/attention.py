@@ -1,0 +1,134 @@
+"""Multi-head attention with grouped keys and values, and the cache it keeps while generating."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import ad_checkpoint
+
+from llm_jax import config as config_lib
+from llm_jax import sharding
+from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import op
+from llm_jax.models import layers
+from llm_jax.models import positions
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer by slot; the mask's offset is the next slot to be written."""
+
+    k_BSKC: jax.Array
+    v_BSKC: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share.
+
+    Attributes:
+      mask: who attends to whom.
+      rotary: cosines and sines of `positions.rotary_tables`; None without RoPE.
+      alibi_slopes_KG: float32; None without ALiBi.
+    """
+
+    mask: mask_lib.AttentionMask
+    rotary: tuple[jax.Array, jax.Array] | None = None
+    alibi_slopes_KG: jax.Array | None = None
+
+
+def make_context(
+    config: config_lib.ModelConfig, positions_BT: jax.Array, mask: mask_lib.AttentionMask
+) -> Context:
+    """Returns the context of a pass over tokens at `positions_BT`."""
+    rotary = slopes_KG = None
+    if config.positions == "rope":
+        rotary = positions.rotary_tables(config, positions_BT)
+    if config.positions == "alibi":
+        slopes_KG = jnp.asarray(positions.alibi_slopes(config.num_heads))
+        slopes_KG = slopes_KG.reshape(config.kv_heads, -1)
+    return Context(mask, rotary, slopes_KG)
+
+
+class Attention(nnx.Module):
+    """Projections of queries, keys, values and output around `kernels.flash_attention`."""
+
+    def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
+        D, K, C = config.embed_dim, config.kv_heads, config.head_width
+        G = config.num_heads // K
+        q_key, k_key, v_key, o_key = jax.random.split(key, 4)
+        std, dtype = config.init_stddev, config.param_dtype
+        # Residual branches start smaller by the square root of their number (GPT-2, section 2.3).
+        out_std = std / (2 * config.num_layers) ** 0.5
+        self.config, self.rules = config, rules
+        self.q_DKGC = layers.normal_param(q_key, "q_DKGC", (D, K, G, C), std, rules, dtype)
+        self.k_DKC = layers.normal_param(k_key, "k_DKC", (D, K, C), std, rules, dtype)
+        self.v_DKC = layers.normal_param(v_key, "v_DKC", (D, K, C), std, rules, dtype)
+        self.out_KGCD = layers.normal_param(o_key, "out_KGCD", (K, G, C, D), out_std, rules, dtype)
+        has_bias = config.use_bias
+        self.q_bias_KGC = layers.bias_param(has_bias, "q_bias_KGC", (K, G, C), rules, dtype)
+        self.k_bias_KC = layers.bias_param(has_bias, "k_bias_KC", (K, C), rules, dtype)
+        self.v_bias_KC = layers.bias_param(has_bias, "v_bias_KC", (K, C), rules, dtype)
+        self.out_bias_D = layers.bias_param(has_bias, "out_bias_D", (D,), rules, dtype)
+        self.q_norm = layers.HeadNorm(config, rules) if config.use_qk_norm else None
+        self.k_norm = layers.HeadNorm(config, rules) if config.use_qk_norm else None
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Returns the attended [B, T, D] and the cache with this call's keys and values in it.
+
+        With a cache, the keys and values of `x_BTD` are written from slot `mask.offset` on. A pass
+        that starts the cache (offset is the integer 0) attends to its own keys alone; a later one
+        attends to the whole cache, whose unwritten slots the causal mask hides.
+        """
+        q_BTKGC, k_BSKC, v_BSKC = self._project(x_BTD, context)
+        if cache is not None:
+            offset = context.mask.offset
+            cache = LayerCache(
+                _write(cache.k_BSKC, k_BSKC, offset), _write(cache.v_BSKC, v_BSKC, offset)
+            )
+            if not isinstance(offset, int):
+                k_BSKC, v_BSKC = cache
+        # Queries stay sharded along the sequence; each device gathers all keys and values.
+        k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
+        v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
+        y_BTKGC = op.attention(
+            q_BTKGC,
+            k_BSKC,
+            v_BSKC,
+            mask=context.mask,
+            scale=self.config.head_width**-0.5,
+            implementation=self.config.attention,
+            chunk=self.config.attention_chunk,
+            softcap=self.config.attention_softcap,
+            alibi_slopes_KG=context.alibi_slopes_KG,
+        )
+        y_BTKGC = ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
+        y_BTD = layers.project(
+            "BTKGC,KGCD->BTD", y_BTKGC, self.out_KGCD, self.out_bias_D, self.rules.act("BTD")
+        )
+        return y_BTD, cache
+
+    def _project(
+        self, x_BTD: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        act = self.rules.act
+        q_BTKGC = layers.project(
+            "BTD,DKGC->BTKGC", x_BTD, self.q_DKGC, self.q_bias_KGC, act("BTKGC")
+        )
+        k_BTKC = layers.project("BTD,DKC->BTKC", x_BTD, self.k_DKC, self.k_bias_KC, act("BTKC"))
+        v_BTKC = layers.project("BTD,DKC->BTKC", x_BTD, self.v_DKC, self.v_bias_KC, act("BTKC"))
+        if self.q_norm is not None:
+            q_BTKGC, k_BTKC = self.q_norm(q_BTKGC), self.k_norm(k_BTKC)
+        if context.rotary is not None:
+            q_BTKGC = positions.rotate(q_BTKGC, context.rotary)
+            k_BTKC = positions.rotate(k_BTKC, context.rotary)
+        return q_BTKGC, k_BTKC, v_BTKC
+
+
+def _write(cache_BSKC: jax.Array, new_BSKC: jax.Array, slot: jax.Array | int) -> jax.Array:
+    new_BSKC = new_BSKC.astype(cache_BSKC.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache_BSKC, new_BSKC, slot, axis=1)

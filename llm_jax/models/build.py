@@ -1,0 +1,31 @@
+"""From a config to a model, its parameters sharded as they are born."""
+
+import dataclasses
+
+import jax
+
+from llm_jax import backend
+from llm_jax import config as config_lib
+from llm_jax import sharding
+from llm_jax.models import decoder
+
+
+def resolve(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
+    """Returns the config with `dtype = auto` replaced by what this platform is fast at."""
+    if config.dtype != "auto":
+        return config
+    return dataclasses.replace(config, dtype=backend.compute_dtype())
+
+
+def make_model(
+    key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules
+) -> decoder.Decoder:
+    """Returns a freshly initialised model. Call it under `jax.jit` and a mesh."""
+    return decoder.Decoder(key, resolve(config), rules)
+
+
+def abstract_model(
+    config: config_lib.ModelConfig, rules: sharding.AxisRules
+) -> decoder.Decoder:
+    """Returns the model with ShapeDtypeStructs for parameters. Call it under a mesh."""
+    return jax.eval_shape(lambda key: make_model(key, config, rules), jax.random.key(0))

@@ -1,0 +1,137 @@
+"""Small parts that every block is made of: parameters, norms, embeddings, dropout."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from llm_jax import config as config_lib
+from llm_jax import dims
+from llm_jax import sharding
+
+
+def normal_param(
+    key: jax.Array,
+    name: str,
+    shape: tuple[int, ...],
+    stddev: float,
+    rules: sharding.AxisRules,
+    dtype: str,
+) -> nnx.Param:
+    """Returns a parameter drawn from N(0, stddev^2), sharded as the suffix of `name` says."""
+    spec = rules.param(dims.suffix(name))
+    return nnx.Param(stddev * jax.random.normal(key, shape, dtype, out_sharding=spec))
+
+
+def full_param(
+    name: str, shape: tuple[int, ...], value: float, rules: sharding.AxisRules, dtype: str
+) -> nnx.Param:
+    """Returns a constant parameter, sharded as the suffix of `name` says."""
+    spec = rules.param(dims.suffix(name))
+    return nnx.Param(jnp.full(shape, value, dtype, out_sharding=spec))
+
+
+def bias_param(
+    is_present: bool, name: str, shape: tuple[int, ...], rules: sharding.AxisRules, dtype: str
+) -> nnx.Param | None:
+    """Returns a zero bias, or None where there is none."""
+    return full_param(name, shape, 0.0, rules, dtype) if is_present else None
+
+
+def project(
+    equation: str,
+    x: jax.Array,
+    weight: nnx.Param,
+    bias: nnx.Param | None,
+    out_sharding: PartitionSpec,
+) -> jax.Array:
+    """Returns `einsum(equation, x, weight) + bias`, computed in the dtype of `x`.
+
+    The weight is cast before it is gathered, so that a sharded one travels in the smaller dtype.
+    """
+    y = jnp.einsum(equation, x, weight[...].astype(x.dtype), out_sharding=out_sharding)
+    return y if bias is None else y + bias[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), statistics in float32."""
+
+    def __init__(self, config: config_lib.ModelConfig, rules: sharding.AxisRules):
+        width, dtype = config.embed_dim, config.param_dtype
+        self.is_centred = config.norm == "layernorm"
+        self.epsilon = config.norm_epsilon
+        self.scale_D = full_param("scale_D", (width,), 1.0, rules, dtype)
+        has_bias = self.is_centred and config.use_bias
+        self.bias_D = bias_param(has_bias, "bias_D", (width,), rules, dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the normalised [B, T, D] in the dtype of the input."""
+        y_BTD = x_BTD.astype(jnp.float32)
+        if self.is_centred:
+            y_BTD = y_BTD - jnp.mean(y_BTD, axis=-1, keepdims=True)
+        y_BTD = rms_normalise(y_BTD, self.epsilon) * self.scale_D[...]
+        if self.bias_D is not None:
+            y_BTD = y_BTD + self.bias_D[...]
+        return y_BTD.astype(x_BTD.dtype)
+
+
+def rms_normalise(x: jax.Array, epsilon: float) -> jax.Array:
+    """Divides `x` by the root of the mean square of its last dimension."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+class HeadNorm(nnx.Module):
+    """RMSNorm of each head's queries or keys (QK-norm; Dehghani et al. 2023, section 2)."""
+
+    def __init__(self, config: config_lib.ModelConfig, rules: sharding.AxisRules):
+        self.epsilon = config.norm_epsilon
+        self.scale_C = full_param("scale_C", (config.head_width,), 1.0, rules, config.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises [..., C] over its last dimension, in float32, back to the input's dtype."""
+        y = rms_normalise(x.astype(jnp.float32), self.epsilon) * self.scale_C[...]
+        return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """The token table, read by ids on the way in and, if tied, by hidden states on the way out."""
+
+    def __init__(
+        self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules
+    ):
+        shape = (config.vocab_size, config.embed_dim)
+        self.rules = rules
+        self.table_VD = normal_param(
+            key, "table_VD", shape, config.init_stddev, rules, config.param_dtype
+        )
+
+    def __call__(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+        """Returns the embeddings [B, T, D] of int32 ids."""
+        return look_up(self.table_VD, "VD", tokens_BT, dtype, self.rules)
+
+
+def look_up(
+    table: nnx.Param, dims_of_table: str, ids_BT: jax.Array, dtype: str, rules: sharding.AxisRules
+) -> jax.Array:
+    """Returns the rows [B, T, D] of a table at int32 ids, in `dtype`.
+
+    The table is gathered over its width first, as every FSDP weight is where it is used: to gather
+    rows of a piece and exchange them afterwards makes the partitioner replicate the whole result.
+    """
+    whole = jax.sharding.reshard(table[...].astype(dtype), rules.act(dims_of_table))
+    return whole.at[ids_BT].get(out_sharding=rules.act("BTD"))
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Returns `cap * tanh(x / cap)`, or `x` where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes elements with probability `rate` and scales the rest; without a key, the identity."""
+    if key is None or rate == 0.0:
+        return x
+    spec = jax.typeof(x).sharding.spec
+    draws = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=spec)
+    is_kept = draws >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(is_kept, x / (1.0 - rate), 0.0).astype(x.dtype)

@@ -1,0 +1,148 @@
+"""Schedules and optimisers, put together from optax.
+
+Every optimiser here is `update = -learning_rate * (direction + weight_decay * parameter)`, so
+`optim.weight_decay` means the same for all of them.
+"""
+
+import math
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from llm_jax import config as config_lib
+from llm_jax import dims
+
+
+def make_schedule(config: config_lib.OptimConfig, num_steps: int) -> optax.Schedule:
+    """Returns step -> learning rate: a linear warmup, then the named decay to the last step.
+
+    `wsd` holds the peak and decays linearly over the last `cooldown_fraction` of the run (Hu et
+    al. 2024, section 4); `inverse_sqrt` falls with 1 / sqrt(step / warmup_steps) (Vaswani et al.
+    2017, section 5.3) and ignores `final_lr_fraction`.
+    """
+    peak, final = config.learning_rate, config.learning_rate * config.final_lr_fraction
+    warmup = config.warmup_steps
+    # The last update, at step num_steps - 1, runs at the final rate.
+    decay_steps = max(1, num_steps - 1 - warmup)
+    if config.schedule == "constant":
+        decay = optax.constant_schedule(peak)
+    elif config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, decay_steps, config.final_lr_fraction)
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(peak, final, decay_steps)
+    elif config.schedule == "wsd":
+        cooldown = min(decay_steps, max(1, round(config.cooldown_fraction * num_steps)))
+        decay = optax.linear_schedule(peak, final, cooldown, decay_steps - cooldown)
+    else:
+        start = max(1, warmup)
+        decay = lambda step: peak * (start / (start + step)) ** 0.5  # noqa: E731
+    if warmup == 0:
+        return decay
+    # Step 0 already learns: the ramp ends at the peak, `warmup` steps in.
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([ramp, decay], [warmup])
+
+
+def make_optimizer(
+    config: config_lib.OptimConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Returns the optimiser; clip the gradient before (train_step does, for its norm is logged).
+
+    Sources: AdamW Loshchilov and Hutter 2019; Lion Chen et al. 2023; Adafactor Shazeer and Stern
+    2018; Muon Jordan et al. 2024, with the RMS matching of Liu et al. 2025 (section 2.2) so that it
+    takes AdamW's learning rate and weight decay, and AdamW for embeddings, head and vectors.
+    """
+    adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    if config.name == "adamw":
+        direction = adam
+    elif config.name == "lion":
+        direction = optax.scale_by_lion(config.b1, config.b2)
+    elif config.name == "adafactor":
+        direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    elif config.name == "muon":
+        direction = optax.partition({"muon": _muon(config), "adam": adam}, muon_labels)
+    else:
+        direction = optax.trace(config.b1)
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _muon(config: config_lib.OptimConfig) -> optax.GradientTransformation:
+    """Muon under an Explicit mesh: the compiler, not the types, shards its matrix products."""
+    inner = contrib.scale_by_muon(
+        beta=config.muon_momentum, weight_dimension_numbers=muon_dimension_numbers
+    )
+
+    def update(updates, state, params=None):
+        del params
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
+        run = jax.sharding.auto_axes(inner.update, out_sharding=shardings)
+        updates, state = run(updates, state)
+        return jax.tree_util.tree_map_with_path(_match_adam_rms, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _match_adam_rms(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+    """Scales an orthogonal update to the root mean square of AdamW's, 0.2 an element."""
+    inputs, outputs = _MUON_SPLITS[parameter_dims(path)]
+    sizes = dict(zip(reversed(inputs + outputs), reversed(update.shape)))
+    fan_in = math.prod(sizes[letter] for letter in inputs)
+    fan_out = math.prod(sizes[letter] for letter in outputs)
+    return update * 0.2 * max(fan_in, fan_out) ** 0.5
+
+
+def parameter_dims(path: tuple[Any, ...]) -> str:
+    """Returns the dimension letters of the parameter at a tree path, layers' `L` left out."""
+    names = [getattr(entry, "name", None) for entry in path]
+    return dims.suffix([name for name in names if name not in (None, "value")][-1])
+
+
+def decay_mask(params: Any) -> Any:
+    """Returns a tree of Booleans: True for matrices, by the letters of their names."""
+    return jax.tree_util.tree_map_with_path(lambda p, _: len(_weight_dims(p)) > 1, params)
+
+
+def _weight_dims(path: tuple[Any, ...]) -> str:
+    """Returns the letters of a weight, and none for a bias, which is a vector of its outputs."""
+    return "" if "bias" in jax.tree_util.keystr(path) else parameter_dims(path)
+
+
+# How the letters of a layer's matrices split into inputs and outputs; what is missing here (tables,
+# head) is AdamW's.
+_MUON_SPLITS = {
+    "DKGC": ("D", "KGC"),
+    "DKC": ("D", "KC"),
+    "KGCD": ("KGC", "D"),
+    "DF": ("D", "F"),
+    "FD": ("F", "D"),
+}
+
+
+def muon_labels(params: Any) -> Any:
+    """Returns a tree of labels, `muon` or `adam`, one for each parameter."""
+
+    def label(path, _):
+        return "muon" if _weight_dims(path) in _MUON_SPLITS else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def muon_dimension_numbers(params: Any) -> Any:
+    """Returns for each matrix which dimensions are inputs and which outputs; layers are a batch."""
+
+    def numbers(path, leaf):
+        letters = parameter_dims(path)
+        offset = leaf.ndim - len(letters)
+        inputs, outputs = _MUON_SPLITS[letters]
+        return contrib.MuonDimensionNumbers(
+            reduction_axis=tuple(offset + letters.index(letter) for letter in inputs),
+            output_axis=tuple(offset + letters.index(letter) for letter in outputs),
+        )
+
+    return jax.tree_util.tree_map_with_path(numbers, params)

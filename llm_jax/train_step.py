@@ -1,0 +1,144 @@
+"""State, loss, gradients and the update: what one `jax.jit` holds."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm_jax import config as config_lib
+from llm_jax import losses
+from llm_jax import optim
+from llm_jax import sharding
+from llm_jax.data import batch as batch_lib
+from llm_jax.models import build
+from llm_jax.models import decoder
+
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that an update changes.
+
+    Attributes:
+      step: int32, updates tried so far, skipped ones included.
+      num_skipped: int32, updates skipped because loss or gradient was not finite.
+      model: the parameters.
+      opt_state: of optax.
+    """
+
+    step: jax.Array
+    num_skipped: jax.Array
+    model: decoder.Decoder
+    opt_state: Any
+
+
+def _optimizer(config: config_lib.RunConfig) -> tuple[optax.GradientTransformation, Callable]:
+    schedule = optim.make_schedule(config.optim, config.train.num_steps)
+    return optim.make_optimizer(config.optim, schedule), schedule
+
+
+def init_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> TrainState:
+    """Returns the state before the first step. Call it under `jax.jit` and a mesh."""
+    model = build.make_model(jax.random.key(config.train.seed), config.model, rules)
+    optimizer, _ = _optimizer(config)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, model, optimizer.init(model))
+
+
+def loss_sums(
+    model: decoder.Decoder, batch: batch_lib.Batch, key: jax.Array | None = None
+) -> losses.LossSums:
+    """Returns the summed losses of a batch; `key` turns dropout on."""
+    logits_BTV = model(batch.tokens, batch.positions, batch.segments, key)
+    return losses.next_token_sums(logits_BTV, batch.targets, batch.weights)
+
+
+def gradients(
+    config: config_lib.RunConfig, model: decoder.Decoder, batch: batch_lib.Batch, key: jax.Array
+) -> tuple[decoder.Decoder, losses.LossSums]:
+    """Returns the gradient of the mean loss over the whole batch, and its sums.
+
+    Microbatches are weighted by their tokens: each adds its summed loss over the weight of the
+    whole batch, which is known before, so accumulation equals one large batch however unevenly the
+    weights fall.
+    """
+    num_micro = config.optim.accumulation_steps
+    weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+    def loss(model, batch, key):
+        sums = loss_sums(model, batch, key if config.model.dropout else None)
+        return (sums.cross_entropy + config.train.z_loss * sums.z_squared) / weight, sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    if num_micro == 1:
+        return gradient(model, batch, key)
+
+    def accumulate(total, micro):
+        return jax.tree.map(jnp.add, total, gradient(model, *micro)), None
+
+    # [B, ...] -> [B / G, G, ...] -> [G, B / G, ...]: the sharded batch stays where it is.
+    micro_batches = jax.tree.map(
+        lambda x: x.reshape(-1, num_micro, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    zeros = jax.tree.map(jnp.zeros_like, model), losses.LossSums(*(jnp.zeros(()),) * 3)
+    total, _ = jax.lax.scan(accumulate, zeros, (micro_batches, jax.random.split(key, num_micro)))
+    return total
+
+
+def train_step(
+    config: config_lib.RunConfig, state: TrainState, batch: batch_lib.Batch
+) -> tuple[TrainState, Metrics]:
+    """Runs one update; pure in its arguments.
+
+    The randomness of a step comes from the seed and the step's number alone, so a resumed run draws
+    what the uninterrupted one would have drawn.
+    """
+    optimizer, schedule = _optimizer(config)
+    key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
+    with jax.named_scope("gradients"):
+        grads, sums = gradients(config, state.model, batch, key)
+    with jax.named_scope("update"):
+        grad_norm = optax.global_norm(grads)
+        if config.optim.clip_norm is not None:
+            scale = jnp.minimum(1.0, config.optim.clip_norm / (grad_norm + 1e-6))
+            grads = jax.tree.map(lambda grad: grad * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+    loss = sums.cross_entropy / jnp.maximum(sums.weight, 1.0)
+    num_skipped = state.num_skipped
+    if config.train.on_nonfinite == "skip":
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        keep = functools.partial(jnp.where, is_finite)
+        model = jax.tree.map(keep, model, state.model)
+        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        num_skipped = num_skipped + (~is_finite).astype(jnp.int32)
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": jnp.asarray(schedule(_update_count(state)), jnp.float32),
+        "train/z_squared": sums.z_squared / jnp.maximum(sums.weight, 1.0),
+        "train/tokens": sums.weight,
+        "train/num_skipped": num_skipped,
+    }
+    return TrainState(state.step + 1, num_skipped, model, opt_state), metrics
+
+
+def _update_count(state: TrainState) -> jax.Array:
+    # A skipped update leaves the optimiser's own count, and so its schedule, where it was.
+    return state.step - state.num_skipped
+
+
+def make_train_step(config: config_lib.RunConfig) -> Callable:
+    """Returns the jitted `train_step`; the old state's memory is reused for the new one."""
+    return jax.jit(functools.partial(train_step, config), donate_argnums=0)
+
+
+def make_eval_step() -> Callable:
+    """Returns the jitted `(model, batch) -> losses.LossSums`, without dropout."""
+    return jax.jit(loss_sums)
