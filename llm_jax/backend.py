@@ -29,9 +29,8 @@ def _has_amx() -> bool:
     return cpuinfo.is_file() and " amx_bf16" in cpuinfo.read_text()
 
 
-def _is_cpu_fast_at_bfloat16() -> bool:
-    flags = os.environ.get("XLA_FLAGS", "")
-    return "onednn_custom_call=true" in flags and _has_amx()
+def _is_onednn_on() -> bool:
+    return "onednn_custom_call=true" in os.environ.get("XLA_FLAGS", "")
 
 
 def set_flags() -> None:
@@ -49,7 +48,7 @@ def set_flags() -> None:
 
 def compute_dtype() -> str:
     """Returns bfloat16 on accelerators and on CPUs with matrix units in reach, else float32."""
-    if jax.default_backend() == "cpu" and not _is_cpu_fast_at_bfloat16():
+    if jax.default_backend() == "cpu" and not (_is_onednn_on() and _has_amx()):
         return "float32"
     return "bfloat16"
 
@@ -65,7 +64,12 @@ def describe() -> str:
 
 
 def enable_compilation_cache(path: str) -> None:
-    """Keeps compiled programs under `path` (empty: not at all), for the next start."""
-    if path:
+    """Keeps compiled programs under `path` (empty: not at all), for the next start.
+
+    Programs with oneDNN calls cannot be serialised (jaxlib 0.12 runs out of memory trying), so a CPU
+    that uses them compiles at each start.
+    """
+    is_onednn_cpu = jax.default_backend() == "cpu" and _is_onednn_on()
+    if path and not is_onednn_cpu:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(path).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -10,30 +10,37 @@ was damaged afterwards shows by the fingerprints, sums over the bits of each arr
 depend on how it is sharded.
 """
 
+from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
+from importlib import metadata
 import logging
 import pathlib
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
-from importlib import metadata
+from typing import TYPE_CHECKING
 from typing import Any
+from typing import TypeVar
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 
 import llm_jax
 from llm_jax import config as config_lib
 from llm_jax import errors
-from llm_jax import train_step
+
+if TYPE_CHECKING:  # sampling reads checkpoints and must not import the trainer
+    from llm_jax import train_step
 
 FORMAT_VERSION = 1
 
 # What Orbax and TensorStore raise on files that are missing, cut short or changed.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError)
+
+_T = TypeVar("_T")
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,7 +157,7 @@ def _abstract(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree.map(on_devices, tree)
 
 
-def _split(state: train_step.TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(state: "train_step.TrainState") -> tuple[dict[str, Any], dict[str, Any]]:
     training = {
         "step": state.step,
         "num_skipped": state.num_skipped,
@@ -228,8 +235,8 @@ def restore_params(step_dir: epath.Path, meta: Meta, model: Any, mesh: jax.shard
     return from_nested(model, _read_arrays(step_dir, meta, targets)["params"])
 
 
-def find(workdir: str, step: int | None = None) -> tuple[epath.Path, Meta]:
-    """Returns folder and description of a step, or of the latest one that can be described.
+def read_latest(workdir: str, step: int | None, read: Callable[[epath.Path, Meta], _T]) -> _T:
+    """Returns `read(folder, meta)` of a step, or of the latest one that is whole.
 
     Raises:
       errors.UserError: there is no such checkpoint, or it is damaged; says which there are.
@@ -243,10 +250,10 @@ def find(workdir: str, step: int | None = None) -> tuple[epath.Path, Meta]:
     for candidate in reversed(known) if step is None else [step]:
         step_dir = checkpoint_dir / str(candidate)
         try:
-            return step_dir, read_meta(step_dir)
+            return read(step_dir, read_meta(step_dir))
         except DamagedError as error:
             _LOG.warning("checkpoint %s is damaged and left out: %s", step_dir, error)
-    raise errors.UserError(f"no checkpoint under {checkpoint_dir} can be read (see above)")
+    raise errors.UserError(f"no checkpoint asked for under {checkpoint_dir} is whole (see above)")
 
 
 def steps(checkpoint_dir: epath.Path) -> list[int]:
@@ -284,7 +291,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._directory, options=self._options)
 
-    def save(self, state: train_step.TrainState, eval_loss: float | None = None) -> None:
+    def save(self, state: "train_step.TrainState", eval_loss: float | None = None) -> None:
         """Starts saving; returns once the arrays are copied off the devices.
 
         Args:
@@ -314,8 +321,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore_latest(
-        self, state: train_step.TrainState, mesh: jax.sharding.Mesh
-    ) -> train_step.TrainState | None:
+        self, state: "train_step.TrainState", mesh: jax.sharding.Mesh
+    ) -> "train_step.TrainState | None":
         """Reads the newest checkpoint that is whole; older ones if the newest is damaged.
 
         Args:
@@ -344,7 +351,8 @@ class Checkpoints:
                 continue
             self._set_aside(damaged)
             training = arrays["training"]
-            return train_step.TrainState(
+            return dataclasses.replace(
+                state,
                 step=training["step"],
                 num_skipped=training["num_skipped"],
                 model=from_nested(state.model, arrays["params"]),
@@ -395,9 +403,7 @@ def differences(saved: Any, current: Any, prefix: str) -> list[str]:
     return lines
 
 
-def check_resumable(
-    meta: Meta, config: config_lib.RunConfig, tokenizer: Mapping[str, Any]
-) -> None:
+def check_resumable(meta: Meta, config: config_lib.RunConfig, tokenizer: Mapping[str, Any]) -> None:
     """Checks that a run can go on from a checkpoint.
 
     Raises:
@@ -417,5 +423,3 @@ def check_resumable(
         )
     for line in differences(meta.config, config, "config"):
         _LOG.info("resuming with a change: %s", line)
-
-

@@ -12,13 +12,16 @@
 Flags are defined when a module runs as a command, not when it is imported by another one.
 """
 
+from collections.abc import Callable
+from collections.abc import Sequence
 import os
 import pathlib
 import sys
 import typing
-from collections.abc import Callable, Sequence
 
-from absl import app, flags, logging
+from absl import app
+from absl import flags
+from absl import logging
 import ml_collections
 from ml_collections import config_flags
 
@@ -27,6 +30,7 @@ from llm_jax import config as config_lib
 from llm_jax import errors
 
 USAGE_ERROR = 2  # the exit code of a command that was called wrongly
+
 
 def define_config() -> None:
     """Defines `--config=FILE[:arg]` and its overrides `--config.x.y=z`."""
@@ -102,7 +106,9 @@ def _check_config_file(argv: Sequence[str]) -> None:
         if name.lstrip("-") == "config" and value:
             path = pathlib.Path(value.partition(":")[0])
             if not path.is_file():
-                siblings = [p.stem for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+                siblings = (
+                    [p.stem for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+                )
                 hint = errors.nearest(path.stem, siblings)
                 raise errors.UserError(f"--config: there is no file {path}{hint}")
 
@@ -151,6 +157,7 @@ def _log_to_stderr() -> None:
     import logging as std_logging
 
     root = std_logging.getLogger()
+    root.setLevel(std_logging.WARNING)
     for handler in list(root.handlers):
         root.removeHandler(handler)
     handler = std_logging.StreamHandler(sys.stderr)

@@ -28,7 +28,7 @@ PACKINGS = ("packed", "concat")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
-RULES = ("fsdp", "fsdp_tp", "dp")
+RULES = ("fsdp", "fsdp_tp", "dp", "tp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class OptimConfig:
 
     name: str = "adamw"
     learning_rate: float = 1e-3  # peak
-    weight_decay: float = 0.1  # on matrices alone: not on biases, norm scales or positions
+    weight_decay: float = 0.1  # on matrices and tables; not on biases and norm scales
     warmup_steps: int = 100
     schedule: str = "cosine"
     final_lr_fraction: float = 0.1  # of the peak, at the last step
@@ -263,7 +263,9 @@ def _require(holds: bool, path: str, value: Any, would_do: str) -> None:
 def _require_choice(section: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     hint = errors.nearest(value, choices)
-    _require(value in choices, f"{section}.{name}", value, f"choose from {', '.join(choices)}{hint}")
+    _require(
+        value in choices, f"{section}.{name}", value, f"choose from {', '.join(choices)}{hint}"
+    )
 
 
 def _require_at_least(section: str, config: Any, minimum: float, *names: str) -> None:

@@ -4,6 +4,8 @@ A name such as `x_BTD` says that the array has dimensions batch, query length an
 Layers stacked for `jax.lax.scan` carry a leading `L` that their names, written for one layer, omit.
 """
 
+from typing import Any
+
 DIMS = {
     "B": "batch (sequences)",
     "T": "query length (tokens)",
@@ -35,3 +37,9 @@ def suffix(name: str) -> str:
     if unknown or "_" not in name:
         raise ValueError(f"{name!r} does not end in an underscore and letters of {''.join(DIMS)}")
     return letters
+
+
+def of_path(path: tuple[Any, ...]) -> str:
+    """Returns the dimension letters of the parameter at a tree path, layers' `L` left out."""
+    names = [getattr(entry, "name", None) for entry in path]
+    return suffix([name for name in names if name not in (None, "value")][-1])

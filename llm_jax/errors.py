@@ -4,8 +4,8 @@ A command catches `UserError` and prints it as one line; anything else is a bug 
 traceback. The message names what is wrong, where, and what would do.
 """
 
-import difflib
 from collections.abc import Iterable
+import difflib
 
 
 class UserError(ValueError):

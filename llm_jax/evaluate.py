@@ -4,13 +4,15 @@ The command scores a finished or running experiment's checkpoint with the config
 checkpoint carries; `--config.x.y=z` is not needed and not taken.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
 
-import jax
 from absl import flags
+from etils import epath
+import jax
 
 from llm_jax import checkpoint
 from llm_jax import command
@@ -85,8 +87,12 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    workdir = command.required("workdir")
-    step_dir, meta = checkpoint.find(workdir, flags.FLAGS.step)
+    scores = checkpoint.read_latest(command.required("workdir"), flags.FLAGS.step, score)
+    print(json.dumps(scores))
+
+
+def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
+    """Returns the scores of a checkpoint on the evaluation split of its own config."""
     config = dataclasses.replace(meta.config, mesh=config_lib.MeshConfig(rules="fsdp"))
     mesh = mesh_lib.make(config.mesh)
     sharding.check(config, mesh)
@@ -100,8 +106,7 @@ def main() -> None:
             jax.sharding.NamedSharding(mesh, rules.act("BT")),
             train_step.make_eval_step(),
         )
-        scores = evaluator(model)
-    print(json.dumps({"step": meta.step} | scores))
+        return {"step": meta.step} | evaluator(model)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The device mesh: five named axes, always all there, of size 1 where unused."""
 
-import math
 from collections.abc import Sequence
+import math
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
+import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import errors

@@ -1,12 +1,12 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a line on the terminal."""
 
+from collections.abc import Mapping
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
 
 from llm_jax import errors
 

@@ -90,17 +90,11 @@ def _muon(config: config_lib.OptimConfig) -> optax.GradientTransformation:
 
 def _match_adam_rms(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
     """Scales an orthogonal update to the root mean square of AdamW's, 0.2 an element."""
-    inputs, outputs = _MUON_SPLITS[parameter_dims(path)]
+    inputs, outputs = _MUON_SPLITS[dims.of_path(path)]
     sizes = dict(zip(reversed(inputs + outputs), reversed(update.shape)))
     fan_in = math.prod(sizes[letter] for letter in inputs)
     fan_out = math.prod(sizes[letter] for letter in outputs)
     return update * 0.2 * max(fan_in, fan_out) ** 0.5
-
-
-def parameter_dims(path: tuple[Any, ...]) -> str:
-    """Returns the dimension letters of the parameter at a tree path, layers' `L` left out."""
-    names = [getattr(entry, "name", None) for entry in path]
-    return dims.suffix([name for name in names if name not in (None, "value")][-1])
 
 
 def decay_mask(params: Any) -> Any:
@@ -110,7 +104,7 @@ def decay_mask(params: Any) -> Any:
 
 def _weight_dims(path: tuple[Any, ...]) -> str:
     """Returns the letters of a weight, and none for a bias, which is a vector of its outputs."""
-    return "" if "bias" in jax.tree_util.keystr(path) else parameter_dims(path)
+    return "" if "bias" in jax.tree_util.keystr(path) else dims.of_path(path)
 
 
 # How the letters of a layer's matrices split into inputs and outputs; what is missing here (tables,
@@ -137,7 +131,7 @@ def muon_dimension_numbers(params: Any) -> Any:
     """Returns for each matrix which dimensions are inputs and which outputs; layers are a batch."""
 
     def numbers(path, leaf):
-        letters = parameter_dims(path)
+        letters = dims.of_path(path)
         offset = leaf.ndim - len(letters)
         inputs, outputs = _MUON_SPLITS[letters]
         return contrib.MuonDimensionNumbers(

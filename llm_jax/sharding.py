@@ -6,6 +6,8 @@ Models name dimensions (`rules.param("DF")`), never mesh axes. The presets:
   fsdp     as dp, and the model width D of each weight over data (ZeRO-3): a layer's weights are
            gathered where they are used and their gradients scattered back
   fsdp_tp  as fsdp, and heads, feed-forward width and vocabulary over tensor (Megatron)
+  tp       heads, feed-forward width and vocabulary over tensor alone: for generation, which reads
+           every weight for every token and must not gather them
 
 `seq` shards the sequence of activations: queries stay put, keys and values are gathered.
 """
@@ -61,6 +63,7 @@ PRESETS = {
     "dp": _rules({}, {}),
     "fsdp": _rules({"D": "data"}, {}),
     "fsdp_tp": _rules({"D": "data"} | _TENSOR, _TENSOR),
+    "tp": _rules(_TENSOR, _TENSOR),
 }
 
 

@@ -3,15 +3,15 @@
 Run it again with the same workdir to go on from the latest checkpoint. SIGTERM saves and exits.
 """
 
+from collections.abc import Iterator
 import json
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
 
-import jax
 from etils import epath
+import jax
 
 from llm_jax import backend
 from llm_jax import checkpoint
@@ -149,7 +149,10 @@ class Run:
         for step in range(self._first_step + 1, num_steps + 1):
             self._profile(step)
             # A step never makes the host wait: a stray transfer is an error.
-            with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step):
+            with (
+                jax.transfer_guard("disallow"),
+                jax.profiler.StepTraceAnnotation("train", step_num=step),
+            ):
                 self._state, metrics = self._train_step(self._state, batch)
             # While the devices work on this step: fetch its successor's batch, then log the
             # metrics of its predecessor.
@@ -190,7 +193,9 @@ class Run:
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if self._config.train.on_nonfinite == "stop":
             self._check_finite(step, row)
-        self._throughput.add(self._config.data.batch_size * self._config.data.sequence_length, waited)
+        self._throughput.add(
+            self._config.data.batch_size * self._config.data.sequence_length, waited
+        )
         is_last = step == self._config.train.num_steps
         if step % self._config.train.log_every and not is_last:
             return

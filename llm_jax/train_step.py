@@ -1,8 +1,8 @@
 """State, loss, gradients and the update: what one `jax.jit` holds."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax

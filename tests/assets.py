@@ -4,6 +4,7 @@ The cache is $LLM_JAX_TEST_ASSETS, or ~/.cache/llm_jax/test_assets. Where a pack
 a test is skipped with the reason; with LLM_JAX_REQUIRE_ASSETS=1, as in CI, it fails instead.
 """
 
+from collections.abc import Sequence
 import hashlib
 import os
 import pathlib
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
 
 import pytest
 

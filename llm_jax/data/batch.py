@@ -1,6 +1,7 @@
 """The batch that the data pipeline hands to a training or evaluation step."""
 
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 

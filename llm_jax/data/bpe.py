@@ -1,8 +1,8 @@
 """Byte-level BPE: trained on documents, or loaded from the files of published models."""
 
+from collections.abc import Iterable
 import json
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import tokenizers

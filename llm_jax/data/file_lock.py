@@ -1,9 +1,9 @@
 """A lock between processes, which the kernel frees with the process that holds it."""
 
+from collections.abc import Iterator
 import contextlib
 import fcntl
 import pathlib
-from collections.abc import Iterator
 
 from llm_jax import errors
 

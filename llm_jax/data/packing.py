@@ -47,15 +47,7 @@ def windows(
     if np.any(indices >= count) or np.any(indices < -1):
         raise IndexError(f"windows {indices} of {count}")
 
-    stream = np.full((len(indices), length + 1), cache.pad_id, np.int32)
-    num_inputs = np.zeros((len(indices), 1), np.int32)
-    for row, index in enumerate(indices):
-        if index >= 0:
-            # A slice of the memory map a row: it reads pages in order, and converts as it copies.
-            part = cache.tokens[index * length : index * length + length + 1]
-            stream[row, : len(part)] = part
-            num_inputs[row] = len(part) - 1
-
+    stream, num_inputs = _read(cache, indices, length)
     tokens = stream[:, :-1].copy()
     offsets = np.arange(length, dtype=np.int32)
     is_input = offsets < num_inputs
@@ -82,3 +74,18 @@ def windows(
         segments.astype(np.int32),
         positions.astype(np.int32),
     )
+
+
+def _read(
+    cache: token_cache.TokenCache, indices: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of windows, [B, T + 1], padded, and how many are inputs, [B, 1]."""
+    stream = np.full((len(indices), length + 1), cache.pad_id, np.int32)
+    num_inputs = np.zeros((len(indices), 1), np.int32)
+    for row, index in enumerate(indices):
+        if index >= 0:
+            # A slice of the memory map a row: it reads pages in order, and converts as it copies.
+            part = cache.tokens[index * length : index * length + length + 1]
+            stream[row, : len(part)] = part
+            num_inputs[row] = len(part) - 1
+    return stream, num_inputs

@@ -6,7 +6,8 @@ can be made without the steps before it: a run that resumes, or runs on another 
 sees the very same global batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

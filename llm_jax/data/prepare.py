@@ -8,6 +8,8 @@ A key hashes whatever the content follows from, so a change of any of it makes a
 finished cache is never written to again.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +17,6 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -85,15 +86,20 @@ def make_tokenizer(data: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
         return tokenizer_lib.load(data.tokenizer)
     key = _key("train_bpe", size, sources.identity(data, data.train_split))
     path = _cache_dir(data) / "tokenizers" / f"{key}.json"
-    with file_lock.hold(path.parent / f".{key}.lock"):
-        if not path.exists():
-            _log.info("training %s on %s, split %s", data.tokenizer, data.source, data.train_split)
-            documents = functools.partial(sources.documents, data, data.train_split)
-            trained = tokenizer_lib.make(data.tokenizer, documents)
-            temporary = path.with_suffix(".tmp")  # the lock is held: nobody else's
-            token_cache.write_synced(temporary, json.dumps(trained.to_dict()).encode())
-            os.replace(temporary, path)
+    if not path.exists():
+        with file_lock.hold(path.parent / f".{key}.lock"):
+            if not path.exists():
+                _train_tokenizer(data, path)
     return tokenizer_lib.from_dict(json.loads(path.read_bytes()))
+
+
+def _train_tokenizer(data: config_lib.DataConfig, path: pathlib.Path) -> None:
+    _log.info("training %s on %s, split %s", data.tokenizer, data.source, data.train_split)
+    documents = functools.partial(sources.documents, data, data.train_split)
+    trained = tokenizer_lib.make(data.tokenizer, documents)
+    temporary = path.with_suffix(".tmp")  # nobody else's, as the lock is held
+    token_cache.write_synced(temporary, json.dumps(trained.to_dict()).encode())
+    os.replace(temporary, path)
 
 
 def cache_path(

@@ -9,6 +9,8 @@ Text and JSONL files have no splits: `data.eval_fraction` of them is held out fo
 10 documents it is the tail of each, cut at white space.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 import dataclasses
 import glob
 import gzip
@@ -17,7 +19,6 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
 
 from llm_jax import config as config_lib
 from llm_jax import errors

@@ -2,9 +2,9 @@
 
 import abc
 import codecs
+from collections.abc import Callable
 import functools
 import re
-from collections.abc import Callable
 
 # How SentencePiece and byte-fallback vocabularies spell a byte.
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

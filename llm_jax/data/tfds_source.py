@@ -1,10 +1,10 @@
 """Documents of a TFDS dataset. Importing this imports TensorFlow."""
 
+from collections.abc import Iterator
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 
 from llm_jax import errors
 from llm_jax.data import file_lock
@@ -15,13 +15,15 @@ tf = host_tensorflow.load()
 import tensorflow_datasets as tfds  # noqa: E402 (TensorFlow must have been told of devices first)
 
 # Registers our builder with TFDS.
-from llm_jax.data.builders.state_of_the_union import (  # noqa: E402
-    state_of_the_union_dataset_builder,  # noqa: F401
-)
 
 TEXT_FEATURE = "text"
 
 _log = logging.getLogger(__name__)
+
+# TFDS warns of a deprecated attribute that it reads itself, in PartialDecoding.
+logging.getLogger("absl").addFilter(
+    lambda record: "`FeatureConnector.dtype` is deprecated" not in record.getMessage()
+)
 
 
 def documents(name: str, split: str, cache_dir: str) -> Iterator[str]:
@@ -58,9 +60,21 @@ def documents(name: str, split: str, cache_dir: str) -> Iterator[str]:
 def prepared(name: str, cache_dir: str) -> tfds.core.DatasetBuilder:
     """Returns the builder of a dataset, built or downloaded into CACHE_DIR/tfds if need be."""
     data_dir = pathlib.Path(cache_dir).expanduser() / "tfds"
-    # Explicit, or TFDS looks for the dataset in other places, some of them remote.
+    builder = _builder(name, data_dir)
+    if builder.is_prepared():
+        return builder
+    # Two runs that start together must not both build it: the slower one fails in TFDS.
+    with file_lock.hold(data_dir / f".{builder.name}.lock"):
+        builder = _builder(name, data_dir)
+        if not builder.is_prepared():
+            _download_and_prepare(builder, name, data_dir)
+    return builder
+
+
+def _builder(name: str, data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
     try:
-        builder = tfds.builder(name, data_dir=os.fspath(data_dir), try_gcs=False)
+        # An explicit data_dir, or TFDS looks in other places, some of them remote.
+        return tfds.builder(name, data_dir=os.fspath(data_dir), try_gcs=False)
     except tfds.core.registered.DatasetNotFoundError as error:
         base = re.split(r"[/:]", name)[0]
         hint = errors.nearest(base, tfds.list_builders(with_community_datasets=False))
@@ -68,11 +82,6 @@ def prepared(name: str, cache_dir: str) -> tfds.core.DatasetBuilder:
     except (ValueError, ImportError, AssertionError) as error:
         # Unknown configs and versions, and builders with needs of their own.
         raise errors.UserError(f"data.source: tfds:{name}: {_one_line(error)}") from error
-    # Two runs that start together must not both build it: the slower one fails in TFDS.
-    with file_lock.hold(data_dir / f".{builder.name}.lock"):
-        if not builder.is_prepared():
-            _download_and_prepare(builder, name, data_dir)
-    return builder
 
 
 def _download_and_prepare(

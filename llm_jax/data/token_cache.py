@@ -12,6 +12,8 @@ so that whatever has the final name is whole. A lock lets one process write it; 
 one left behind is removed by the next one that holds the lock.
 """
 
+from collections.abc import Iterable
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import hashlib
@@ -19,9 +21,9 @@ import json
 import os
 import pathlib
 import shutil
+from typing import Any
+from typing import BinaryIO
 import uuid
-from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
 
 import numpy as np
 

@@ -7,8 +7,9 @@
 Text is always plain text here: a document that spells `<|endoftext|>` never becomes the eos token.
 """
 
+from collections.abc import Callable
+from collections.abc import Iterable
 import pathlib
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from llm_jax import errors

@@ -2,11 +2,12 @@
 
 import abc
 import base64
+from collections.abc import Iterable
+from collections.abc import Sequence
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -278,10 +279,10 @@ class SentencePiece(Tokenizer):
 
 
 def _splits_at_spaces(definition: dict[str, Any]) -> bool:
-    """Returns whether text may be cut before a space between two non-spaces.
+    """Returns whether text may be cut before a space that follows a non-space.
 
-    True of GPT-2's pre-tokenisation: in its pattern no token continues across such a space. Others
-    may differ, and a token of their own (added, not special) may hold spaces.
+    True of GPT-2's pre-tokenisation: in its pattern spaces only begin tokens or follow spaces.
+    Others may differ, and a token of their own (added, not special) may hold spaces.
     """
     before = definition.get("pre_tokenizer") or {}
     return (
@@ -294,10 +295,10 @@ def _splits_at_spaces(definition: dict[str, Any]) -> bool:
 
 
 def _boundary(text: str, start: int) -> int | None:
-    """Returns the first index from `start` on of a space between two non-spaces."""
+    """Returns the first index from `start` on of a space behind a non-space."""
     position = text.find(" ", start)
-    while 0 < position < len(text) - 1:
-        if not text[position - 1].isspace() and not text[position + 1].isspace():
+    while position > 0:
+        if not text[position - 1].isspace():
             return position
         position = text.find(" ", position + 1)
     return None

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
+import jax
 from jax import ad_checkpoint
+import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
@@ -85,6 +85,9 @@ class Attention(nnx.Module):
         attends to the whole cache, whose unwritten slots the causal mask hides.
         """
         q_BTKGC, k_BSKC, v_BSKC = self._project(x_BTD, context)
+        # Queries stay sharded along the sequence; each device gathers all keys and values.
+        k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
+        v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
         if cache is not None:
             offset = context.mask.offset
             cache = LayerCache(
@@ -92,9 +95,6 @@ class Attention(nnx.Module):
             )
             if not isinstance(offset, int):
                 k_BSKC, v_BSKC = cache
-        # Queries stay sharded along the sequence; each device gathers all keys and values.
-        k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
-        v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
         y_BTKGC = op.attention(
             q_BTKGC,
             k_BSKC,

@@ -24,8 +24,6 @@ def make_model(
     return decoder.Decoder(key, resolve(config), rules)
 
 
-def abstract_model(
-    config: config_lib.ModelConfig, rules: sharding.AxisRules
-) -> decoder.Decoder:
+def abstract_model(config: config_lib.ModelConfig, rules: sharding.AxisRules) -> decoder.Decoder:
     """Returns the model with ShapeDtypeStructs for parameters. Call it under a mesh."""
     return jax.eval_shape(lambda key: make_model(key, config, rules), jax.random.key(0))

@@ -1,8 +1,8 @@
 """The decoder-only language model: GPT-2, Llama and what lies between, as one config."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from llm_jax import config as config_lib
 from llm_jax import sharding

@@ -1,8 +1,8 @@
 """Small parts that every block is made of: parameters, norms, embeddings, dropout."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec
 
 from llm_jax import config as config_lib
@@ -96,9 +96,7 @@ class HeadNorm(nnx.Module):
 class Embedding(nnx.Module):
     """The token table, read by ids on the way in and, if tied, by hidden states on the way out."""
 
-    def __init__(
-        self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules
-    ):
+    def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         shape = (config.vocab_size, config.embed_dim)
         self.rules = rules
         self.table_VD = normal_param(

@@ -2,9 +2,9 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from llm_jax import config as config_lib
 from llm_jax import sharding

@@ -1,7 +1,9 @@
 """A block, and the stack of them: `jax.vmap` to initialise, `jax.lax.scan` to run, remat between."""
 
-import jax
 from flax import nnx
+from typing import Any
+
+import jax
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
@@ -82,8 +84,7 @@ class Stack(nnx.Module):
             x_BTD, _ = jax.lax.scan(body, x_BTD, (self.layers, keys_L))
             return x_BTD
         for index in range(self.num_layers):
-            layer_and_key = jax.tree.map(lambda stacked: stacked[index], (self.layers, keys_L))
-            x_BTD, _ = body(x_BTD, layer_and_key)
+            x_BTD, _ = body(x_BTD, _layer((self.layers, keys_L), index))
         return x_BTD
 
     def unstacked(self) -> list[Block]:
@@ -92,10 +93,11 @@ class Stack(nnx.Module):
         Generation reads every weight for every token: taking a layer out of the stack inside the
         loop would copy it each time, so it is done once, before.
         """
-        return [
-            jax.tree.map(lambda stacked: stacked[index], self.layers)
-            for index in range(self.num_layers)
-        ]
+        return [_layer(self.layers, index) for index in range(self.num_layers)]
+
+
+def _layer(stacked: Any, index: int) -> Any:
+    return jax.tree.map(lambda array: array[index], stacked)
 
 
 def run_cached(

@@ -3,12 +3,13 @@
 import dataclasses
 
 import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from llm_jax import errors
-from llm_jax.data import batch, packing
+from llm_jax.data import batch
+from llm_jax.data import packing
 
 EOS, PAD = 0, 9
 

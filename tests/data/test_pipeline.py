@@ -2,15 +2,22 @@
 
 import dataclasses
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
-from llm_jax import config, errors
-from llm_jax.data import pipeline, token_cache
+from llm_jax import config
+from llm_jax import errors
+from llm_jax.data import host_tensorflow
+from llm_jax.data import pipeline
+from llm_jax.data import token_cache
 
+ROOT = pathlib.Path(__file__).parents[2]
 BATCH, LENGTH = 8, 5
 DATA = config.DataConfig(batch_size=BATCH, sequence_length=LENGTH, prefetch=2)
 EOS = 0
@@ -184,6 +191,25 @@ def test_evaluation_of_few_steps(cache):
     assert pipeline.num_eval_steps(cache, DATA, 10_000) == len(whole)
 
 
-def test_tensorflow_sees_no_accelerator(cache):
-    for kind in ("GPU", "TPU"):
-        assert not pipeline.tf.config.get_visible_devices(kind)
+def test_tensorflow_sees_no_accelerator(monkeypatch):
+    hidden = []
+    monkeypatch.setattr(pipeline.tf.config, "get_visible_devices", lambda kind: [f"{kind}:0"])
+    monkeypatch.setattr(
+        pipeline.tf.config,
+        "set_visible_devices",
+        lambda devices, kind: hidden.append((devices, kind)),
+    )
+    host_tensorflow.load()
+    assert hidden == [([], "GPU"), ([], "TPU")]
+
+
+def test_only_the_pipeline_imports_tensorflow():
+    """It takes seconds, which sampling and the handling of files need not wait for."""
+    code = """
+import sys
+from llm_jax.data import batch, packing, prepare, sources, token_cache, tokenizer
+assert "tensorflow" not in sys.modules
+from llm_jax.data import pipeline
+assert "tensorflow" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -11,8 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from llm_jax import config, errors
-from llm_jax.data import prepare, sources, token_cache
+from llm_jax import config
+from llm_jax import errors
+from llm_jax.data import prepare
+from llm_jax.data import sources
+from llm_jax.data import token_cache
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXTS = [f"Document {i} has the text number {i * i}.\n" * (i + 1) for i in range(30)]
@@ -160,7 +163,7 @@ def test_killed_prepare_leaves_nothing_that_opens(run, where):
     assert prepared.train.path == path
 
 
-def test_errors(run, tmp_path):
+def test_errors(run, tmp_path, monkeypatch):
     small = dataclasses.replace(run, model=config.ModelConfig(vocab_size=255))
     with pytest.raises(
         errors.UserError, match="256 tokens.*vocab_size = 255: set --config.model.v"
@@ -169,8 +172,10 @@ def test_errors(run, tmp_path):
     with pytest.raises(errors.UserError, match="is remote"):
         prepare.prepare(_with(run, cache_dir="gs://bucket/x"))
     (tmp_path / "07.txt").write_text("a\0b")
-    with pytest.raises(errors.UserError, match="document 7 of the split: text holds the NUL"):
-        prepare.prepare(run)
+    for chunk in (1 << 20, 100):
+        monkeypatch.setattr(prepare, "_CHUNK_CHARS", chunk)
+        with pytest.raises(errors.UserError, match="document 7 of the split: text holds the NUL"):
+            prepare.prepare(run)
     assert _caches(run) == set()
 
 

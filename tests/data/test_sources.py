@@ -8,12 +8,13 @@ import os
 import socket
 
 import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 import urllib3
-from hypothesis import strategies as st
 
-from llm_jax import config, errors
+from llm_jax import config
+from llm_jax import errors
 from llm_jax.data import sources
 
 DOCUMENTS = st.lists(st.text(st.sampled_from("ab c\n"), min_size=1), min_size=1, max_size=60)

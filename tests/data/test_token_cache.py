@@ -4,9 +4,9 @@ import json
 import pathlib
 
 import hypothesis
+from hypothesis import strategies as st
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from llm_jax import errors
 from llm_jax.data import token_cache

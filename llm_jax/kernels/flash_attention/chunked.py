@@ -37,9 +37,7 @@ def attention(
             is_causal=mask.is_causal,
             window=mask.window,
             q_segments_BT=mask.q_segments_BT,
-            k_segments_BS=None
-            if mask.k_segments_BS is None
-            else mask.k_segments_BS[:, :last_key],
+            k_segments_BS=None if mask.k_segments_BS is None else mask.k_segments_BS[:, :last_key],
             offset=mask.offset,
         )
 

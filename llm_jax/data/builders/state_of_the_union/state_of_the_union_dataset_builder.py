@@ -1,9 +1,10 @@
 """TFDS builder of the State of the Union addresses, from a file in this package: no network."""
 
+from collections.abc import Callable
+from collections.abc import Iterator
 import json
 import lzma
 import pathlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np

@@ -1,0 +1,121 @@
+"""Generates text from a run's checkpoint.
+
+    python -m llm_jax.sampling --workdir=runs/tiny --prompt="My fellow citizens" --top_p=0.9
+    python -m llm_jax.sampling --workdir=runs/tiny --prompts=prompts.txt --output=samples.jsonl
+
+A prompt file holds a prompt a line, or, named .jsonl, rows with `prompt` and optionally `seed`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import flags
+
+from llm_jax import command
+from llm_jax import errors
+from llm_jax.sampling import generate
+from llm_jax.sampling import load
+from llm_jax.sampling import samplers
+
+
+def define_flags() -> None:
+    """Defines the flags; their defaults are those of `samplers.SamplingParams`."""
+    command.define_workdir("Folder of the run whose checkpoint is loaded.")
+    flags.DEFINE_integer("step", None, "Checkpoint to load; the latest if not given.")
+    flags.DEFINE_string("prompt", None, "Text to continue.")
+    flags.DEFINE_string("prompts", None, "File of prompts, one a line, or .jsonl.")
+    flags.DEFINE_string("output", None, "JSONL file of completions; the terminal if not given.")
+    flags.DEFINE_integer("max_tokens", 128, "Tokens of each completion at most.")
+    flags.DEFINE_integer("num_samples", 1, "Completions of each prompt.")
+    flags.DEFINE_integer("seed", 0, "Seed of every prompt that brings none.")
+    flags.DEFINE_multi_string("stop", [], "A completion ends before this text; may be repeated.")
+    flags.DEFINE_integer("batch_size", 16, "Completions generated side by side.")
+    flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the weights.")
+    for field in dataclasses.fields(samplers.SamplingParams):
+        define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
+        define(field.name, field.default, f"See {samplers.__name__}.SamplingParams.")
+
+
+def main() -> None:
+    given = flags.FLAGS
+    prompts = _prompts(given.prompt, given.prompts, given.seed)
+    params = samplers.SamplingParams(
+        **{f.name: getattr(given, f.name) for f in dataclasses.fields(samplers.SamplingParams)}
+    )
+    loaded = load.load(command.required("workdir"), given.step, given.tensor)
+    is_streaming = given.output is None and len(prompts) * given.num_samples == 1
+    if is_streaming:
+        print(prompts[0].text, end="", flush=True)
+    completions = generate.generate(
+        loaded,
+        prompts,
+        params,
+        max_tokens=given.max_tokens,
+        num_samples=given.num_samples,
+        stops=given.stop,
+        batch_size=given.batch_size,
+        on_text=_print_now if is_streaming else None,
+    )
+    if given.output is not None:
+        _write(pathlib.Path(given.output), completions, loaded.step)
+        return
+    for completion in completions:
+        if is_streaming:
+            print()
+        else:
+            print(f"--- {completion.prompt!r}, sample {completion.sample}")
+            print(completion.prompt + completion.completion)
+
+
+def _print_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _write(path: pathlib.Path, completions, step: int) -> None:
+    """Writes a row each as it is done; the file gets its name when all of them are."""
+    temporary = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with temporary.open("w") as file:
+        for completion in completions:
+            row = {"step": step} | dataclasses.asdict(completion)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            count += 1
+    temporary.replace(path)
+    print(f"wrote {count} completions to {path}", file=sys.stderr)
+
+
+def _prompts(prompt: str | None, path: str | None, seed: int) -> list[generate.Prompt]:
+    if (prompt is None) == (path is None):
+        raise errors.UserError("give either --prompt=TEXT or --prompts=FILE")
+    if prompt is not None:
+        return [generate.Prompt(prompt, seed)]
+    try:
+        lines = pathlib.Path(path).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise errors.UserError(f"--prompts={path} cannot be read: {error}") from error
+    if not any(lines):
+        raise errors.UserError(f"--prompts={path} has no prompt in it")
+    if not path.endswith(".jsonl"):
+        return [generate.Prompt(line, seed) for line in lines if line]
+    return [_prompt_row(path, n, line, seed) for n, line in enumerate(lines, 1) if line]
+
+
+def _prompt_row(path: str, number: int, line: str, seed: int) -> generate.Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise errors.UserError(f"--prompts={path} line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise errors.UserError(f"--prompts={path} line {number} has no text in field 'prompt'")
+    own_seed = row["seed"] if "seed" in row else seed
+    if not isinstance(own_seed, int):
+        raise errors.UserError(f"--prompts={path} line {number}: seed {own_seed!r} is no integer")
+    return generate.Prompt(row["prompt"], own_seed)
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags)

@@ -1,0 +1,52 @@
+"""The memory of a generation: keys and values by slot, and where each row begins."""
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import config as config_lib
+from llm_jax import sharding
+from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.models import attention
+from llm_jax.models import stack
+
+
+def make_cache(
+    config: config_lib.ModelConfig, rules: sharding.AxisRules, batch_size: int, num_slots: int
+) -> stack.Cache:
+    """Returns an empty cache, k and v [B, S, K, C] for each layer, in the compute dtype."""
+    shape = (batch_size, num_slots, config.kv_heads, config.head_width)
+
+    def zeros() -> jax.Array:
+        return jnp.zeros(shape, config.dtype, out_sharding=rules.act("BSKC"))
+
+    return [attention.LayerCache(zeros(), zeros()) for _ in range(config.num_layers)]
+
+
+def num_bytes(config: config_lib.ModelConfig, batch_size: int, num_slots: int) -> int:
+    """Returns the size of a cache in bytes, over all devices."""
+    elements = batch_size * num_slots * config.kv_heads * config.head_width
+    return 2 * config.num_layers * elements * jnp.dtype(config.dtype).itemsize
+
+
+def row_mask(
+    config: config_lib.ModelConfig,
+    starts_B: jax.Array,
+    num_queries: int,
+    num_slots: int,
+    slot: jax.Array | int,
+) -> tuple[mask_lib.AttentionMask, jax.Array]:
+    """Returns the mask and the positions [B, T] of queries at slots from `slot` on.
+
+    Prompts of unequal length end at the same slot: row b's text fills slots from `starts_B[b]` on,
+    and what lies before is padding, which nothing attends to.
+    """
+    slots_T = slot + jnp.arange(num_queries)
+    q_segments_BT = (slots_T[None, :] >= starts_B[:, None]).astype(jnp.int32)
+    k_segments_BS = (jnp.arange(num_slots)[None, :] >= starts_B[:, None]).astype(jnp.int32)
+    mask = mask_lib.AttentionMask(
+        window=config.window,
+        q_segments_BT=q_segments_BT,
+        k_segments_BS=k_segments_BS,
+        offset=slot,
+    )
+    return mask, jnp.maximum(slots_T[None, :] - starts_B[:, None], 0)

@@ -1,0 +1,208 @@
+"""Prefill and decode: two jitted programs around one donated cache."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import config as config_lib
+from llm_jax import dims
+from llm_jax import sharding
+from llm_jax.models import attention
+from llm_jax.models import decoder
+from llm_jax.models import stack
+from llm_jax.sampling import cache as cache_lib
+from llm_jax.sampling import samplers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CachedModel:
+    """A decoder taken apart for generation: its blocks one by one, its matrices in compute dtype.
+
+    Attributes:
+      decoder: the model, of which embedding, final norm and head are used; its stack is empty.
+      blocks: the layers.
+    """
+
+    decoder: decoder.Decoder
+    blocks: list[stack.Block]
+
+    @property
+    def config(self) -> config_lib.ModelConfig:
+        return self.decoder.config
+
+    @property
+    def rules(self) -> sharding.AxisRules:
+        return self.decoder.rules
+
+
+@jax.jit
+def prepare_model(model: decoder.Decoder) -> CachedModel:
+    """Returns the model as generation wants it: cast and taken apart once instead of every token."""
+
+    def cast(path, leaf):
+        is_matrix = len(dims.of_path(path)) > 1
+        return leaf.astype(model.config.dtype) if is_matrix else leaf
+
+    def without_layers(path, leaf):
+        return leaf[:0] if ".stack." in jax.tree_util.keystr(path) else leaf
+
+    model = jax.tree_util.tree_map_with_path(cast, model)
+    blocks = model.stack.unstacked()
+    return CachedModel(jax.tree_util.tree_map_with_path(without_layers, model), blocks)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What goes from token to token.
+
+    Attributes:
+      cache: keys and values.
+      last_B: the newest token of each row, not yet in the cache.
+      slot: int32 scalar, where `last_B` goes.
+      starts_B: first slot of each row's text.
+      num_generated: int32 scalar, tokens generated so far.
+      keys_B: of each row; token n of a row is drawn with `fold_in(key, n)`.
+      is_done_B: rows that have ended.
+      is_seen_BV: tokens that each row holds; None without a repetition penalty.
+    """
+
+    cache: stack.Cache
+    last_B: jax.Array
+    slot: jax.Array
+    starts_B: jax.Array
+    num_generated: jax.Array
+    keys_B: jax.Array
+    is_done_B: jax.Array
+    is_seen_BV: jax.Array | None
+
+
+def _next_logits(
+    model: CachedModel,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    slot: jax.Array | int,
+    cache: stack.Cache,
+) -> tuple[jax.Array, stack.Cache]:
+    """Runs tokens at slots from `slot` on; returns the logits after the last, [B, V] float32."""
+    num_queries = tokens_BT.shape[1]
+    is_prefill = isinstance(slot, int)
+    num_slots = num_queries if is_prefill else cache[0].k_BSKC.shape[1]
+    mask, positions_BT = cache_lib.row_mask(model.config, starts_B, num_queries, num_slots, slot)
+    context = attention.make_context(model.config, positions_BT, mask)
+    x_BTD = model.decoder.embed(tokens_BT, positions_BT)
+    x_BTD, cache = stack.run_cached(model.blocks, x_BTD, context, cache)
+    logits_BTV = model.decoder.logits(x_BTD[:, -1:])
+    # The vocabulary is gathered: choosing a token looks at all of it.
+    spec = jax.sharding.PartitionSpec(model.rules.act("B")[0], None)
+    return jax.sharding.reshard(logits_BTV[:, 0], spec), cache
+
+
+def _choose(
+    logits_BV: jax.Array, state: Any, params: samplers.SamplingParams, eos_id: int, pad_id: int
+) -> DecodeState:
+    keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.num_generated))(state.keys_B)
+    chosen_B = samplers.choose(logits_BV, state.is_seen_BV, params, keys_B)
+    chosen_B = jnp.where(state.is_done_B, pad_id, chosen_B)
+    is_seen_BV = state.is_seen_BV
+    if is_seen_BV is not None:
+        is_seen_BV = is_seen_BV | (chosen_B[:, None] == jnp.arange(is_seen_BV.shape[1]))
+    return dataclasses.replace(
+        state,
+        last_B=chosen_B,
+        num_generated=state.num_generated + 1,
+        is_done_B=state.is_done_B | (chosen_B == eos_id),
+        is_seen_BV=is_seen_BV,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("params", "eos_id", "pad_id", "num_slots"))
+def prefill(
+    model: CachedModel,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    keys_B: jax.Array,
+    *,
+    params: samplers.SamplingParams,
+    eos_id: int,
+    pad_id: int,
+    num_slots: int,
+) -> DecodeState:
+    """Reads the prompts and chooses the first token of each row.
+
+    Args:
+      model: from `prepare_model`.
+      tokens_BT: int32 prompts, padded on the left so that all end at slot T - 1.
+      starts_B: int32, where each row's text begins.
+      keys_B: of each row.
+      params, eos_id, pad_id: how to choose, and which token ends a row.
+      num_slots: S of the cache, for prompts and what is generated.
+    """
+    batch_size, length = tokens_BT.shape
+    vocab_size = model.config.vocab_size
+    cache = cache_lib.make_cache(model.config, model.rules, batch_size, num_slots)
+    logits_BV, cache = _next_logits(model, tokens_BT, starts_B, 0, cache)
+    is_seen_BV = None
+    if params.repetition_penalty != 1.0:
+        is_text_BT = jnp.arange(length)[None, :] >= starts_B[:, None]
+        ids_BT = jnp.where(is_text_BT, tokens_BT, -1)
+        is_seen_BV = jax.vmap(lambda ids: jnp.any(ids[:, None] == jnp.arange(vocab_size), 0))(
+            ids_BT
+        )
+    state = DecodeState(
+        cache=cache,
+        last_B=tokens_BT[:, -1],
+        slot=jnp.asarray(length, jnp.int32),
+        starts_B=starts_B,
+        num_generated=jnp.zeros((), jnp.int32),
+        keys_B=keys_B,
+        is_done_B=jnp.zeros_like(starts_B, bool),
+        is_seen_BV=is_seen_BV,
+    )
+    return _choose(logits_BV, state, params, eos_id, pad_id)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("params", "eos_id", "pad_id", "num_tokens"),
+    donate_argnames=("state",),
+)
+def decode(
+    model: CachedModel,
+    state: DecodeState,
+    *,
+    params: samplers.SamplingParams,
+    eos_id: int,
+    pad_id: int,
+    num_tokens: int,
+) -> tuple[DecodeState, jax.Array]:
+    """Generates up to `num_tokens` more tokens in one device loop; ends early when all rows have.
+
+    Returns:
+      The new state, and the tokens, int32 [num_tokens, B], `pad_id` after the end of a row. The
+      cache is updated in place: the old state is gone.
+    """
+
+    def is_going(carry):
+        index, state, _ = carry
+        return (index < num_tokens) & ~jnp.all(state.is_done_B)
+
+    def step(carry):
+        index, state, tokens_NB = carry
+        logits_BV, cache = _next_logits(
+            model, state.last_B[:, None], state.starts_B, state.slot, state.cache
+        )
+        state = dataclasses.replace(state, cache=cache, slot=state.slot + 1)
+        state = _choose(logits_BV, state, params, eos_id, pad_id)
+        tokens_NB = jax.lax.dynamic_update_slice_in_dim(tokens_NB, state.last_B[None], index, 0)
+        return index + 1, state, tokens_NB
+
+    spec = jax.sharding.PartitionSpec(None, model.rules.act("B")[0])
+    shape = (num_tokens, state.last_B.shape[0])
+    tokens_NB = jnp.full(shape, pad_id, jnp.int32, out_sharding=spec)
+    _, state, tokens_NB = jax.lax.while_loop(is_going, step, (0, state, tokens_NB))
+    return state, tokens_NB

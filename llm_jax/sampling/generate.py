@@ -1,0 +1,250 @@
+"""Prompts to completions: tokenise, batch, decode in chunks, stop, hand out text as it comes."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import errors
+from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.sampling import decode
+from llm_jax.sampling import load
+from llm_jax.sampling import samplers
+
+_SMALLEST_BUCKET = 16
+_CHUNK = 32  # tokens between looks at stop strings
+_STREAM_CHUNK = 4  # tokens between looks at the terminal
+
+OnText = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A text to continue, and the seed of its own draws."""
+
+    text: str
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with.
+
+    `finish_reason` is `eos` (the model ended the text), `stop` (a stop string came up; it is cut
+    off) or `length` (the number of tokens asked for).
+    """
+
+    prompt: str
+    seed: int
+    sample: int
+    completion: str
+    finish_reason: str
+    num_tokens: int
+
+
+class StopScanner:
+    """Passes text through up to the first stop string, holding back what might begin one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.is_stopped = False
+
+    def feed(self, text: str) -> str:
+        """Takes text and returns what is certain to come before any stop string."""
+        if self.is_stopped:
+            return ""
+        self._held += text
+        found = [self._held.find(stop) for stop in self._stops]
+        first = min((place for place in found if place >= 0), default=-1)
+        if first >= 0:
+            self.is_stopped = True
+            return self._held[:first]
+        keep = 0
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(self._held)), keep, -1):
+                if self._held.endswith(stop[:size]):
+                    keep = size
+                    break
+        passed = self._held[: len(self._held) - keep]
+        self._held = self._held[len(passed) :]
+        return passed
+
+    def flush(self) -> str:
+        """Returns what was held back, when no more text comes."""
+        rest, self._held = self._held, ""
+        return "" if self.is_stopped else rest
+
+
+class _Row:
+    """One completion in the making."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        sample: int,
+        tokenizer: tokenizer_lib.Tokenizer,
+        stops: Sequence[str],
+        on_text: OnText | None,
+    ):
+        ids = tokenizer.encode(prompt.text)
+        # Documents of the training data follow an end of text; so does an empty prompt.
+        self.ids = ids if len(ids) else np.asarray([tokenizer.eos_id], np.int32)
+        self.prompt, self.sample = prompt, sample
+        self._eos_id = tokenizer.eos_id
+        self._decoder = tokenizer_lib.StreamDecoder(tokenizer)
+        for token in ids:  # the text of a token may depend on those before it
+            self._decoder.feed(int(token))
+        self._scanner = StopScanner(stops)
+        self._on_text = on_text
+        self._pieces: list[str] = []
+        self._num_tokens = 0
+        self.finish_reason: str | None = None
+
+    def feed(self, token: int) -> None:
+        """Takes the next token, unless the row has ended."""
+        if self.finish_reason is not None:
+            return
+        self._num_tokens += 1
+        if token == self._eos_id:
+            self.finish("eos")
+            return
+        self._emit(self._scanner.feed(self._decoder.feed(token)))
+        if self._scanner.is_stopped:
+            self.finish("stop")
+
+    def finish(self, reason: str) -> None:
+        """Ends the row, if nothing has ended it before."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            self._emit(self._scanner.feed(self._decoder.flush()) + self._scanner.flush())
+
+    def _emit(self, text: str) -> None:
+        self._pieces.append(text)
+        if self._on_text is not None and text:
+            self._on_text(text)
+
+    def completion(self) -> Completion:
+        return Completion(
+            prompt=self.prompt.text,
+            seed=self.prompt.seed,
+            sample=self.sample,
+            completion="".join(self._pieces),
+            finish_reason=self.finish_reason,
+            num_tokens=self._num_tokens,
+        )
+
+
+def generate(
+    loaded: load.Loaded,
+    prompts: Sequence[Prompt],
+    params: samplers.SamplingParams,
+    *,
+    max_tokens: int,
+    num_samples: int = 1,
+    stops: Sequence[str] = (),
+    batch_size: int = 16,
+    on_text: OnText | None = None,
+) -> Iterator[Completion]:
+    """Yields `num_samples` completions of each prompt, in their order.
+
+    Args:
+      loaded: from `load.load`.
+      prompts: texts, of any lengths.
+      params: how tokens are chosen.
+      max_tokens: of each completion.
+      num_samples: completions a prompt; sample i draws with the seed's i-th stream.
+      stops: a completion ends before the first of these that comes up.
+      batch_size: rows generated side by side.
+      on_text: called with text as it comes; for a single prompt and sample.
+
+    Raises:
+      errors.UserError: a prompt that leaves no room for `max_tokens`, or arguments that make no
+        sense.
+    """
+    for name, value in (
+        ("max_tokens", max_tokens),
+        ("num_samples", num_samples),
+        ("batch_size", batch_size),
+    ):
+        if value < 1:
+            raise errors.UserError(f"--{name}={value} must be at least 1")
+    if on_text is not None and len(prompts) * num_samples != 1:
+        raise errors.UserError("streaming takes one prompt and one sample")
+    rows = [
+        _Row(prompt, sample, loaded.tokenizer, stops, on_text)
+        for prompt in prompts
+        for sample in range(num_samples)
+    ]
+    max_length = loaded.model.config.max_length
+    for row in rows:
+        if len(row.ids) + max_tokens > max_length:
+            raise errors.UserError(
+                f"prompt {row.prompt.text[:40]!r} has {len(row.ids)} tokens: with --max_tokens="
+                f"{max_tokens} that is more than the model's max_length = {max_length}; shorten"
+                " one of them"
+            )
+    with jax.set_mesh(loaded.mesh):
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+            _run(loaded, batch, params, max_tokens, _CHUNK if on_text is None else _STREAM_CHUNK)
+            yield from (row.completion() for row in batch)
+
+
+def _bucket(length: int) -> int:
+    """Rounds a length up to a power of two, so that few programs are compiled."""
+    size = _SMALLEST_BUCKET
+    while size < length:
+        size *= 2
+    return size
+
+
+def _run(
+    loaded: load.Loaded,
+    rows: list[_Row],
+    params: samplers.SamplingParams,
+    max_tokens: int,
+    chunk: int,
+) -> None:
+    """Generates for a batch of rows until each has ended."""
+    tokenizer, model = loaded.tokenizer, loaded.model
+    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    tokens_BT, starts_B, keys_B = _inputs(loaded, rows)
+    num_slots = tokens_BT.shape[1] + _bucket(max_tokens)
+    state = decode.prefill(
+        model, tokens_BT, starts_B, keys_B, params=params, num_slots=num_slots, **ids
+    )
+    for row, token in zip(rows, jax.device_get(state.last_B)):
+        row.feed(int(token))
+    remaining = max_tokens - 1
+    while remaining > 0 and any(row.finish_reason is None for row in rows):
+        state, tokens_NB = decode.decode(model, state, params=params, num_tokens=chunk, **ids)
+        for tokens_B in jax.device_get(tokens_NB)[:remaining]:
+            for row, token in zip(rows, tokens_B):
+                row.feed(int(token))
+        remaining -= chunk
+    for row in rows:
+        row.finish("length")
+
+
+def _inputs(loaded: load.Loaded, rows: list[_Row]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns prompts padded on the left [B, T], their first slots [B] and a key each [B]."""
+    length = _bucket(max(len(row.ids) for row in rows))
+    ways = loaded.mesh.shape["replica"] * loaded.mesh.shape["data"]
+    batch_size = -(-len(rows) // ways) * ways  # rows that fill the mesh up repeat the last
+    filled = rows + [rows[-1]] * (batch_size - len(rows))
+    tokens_BT = np.full((batch_size, length), loaded.tokenizer.pad_id, np.int32)
+    for index, row in enumerate(filled):
+        tokens_BT[index, length - len(row.ids) :] = row.ids
+    starts_B = np.asarray([length - len(row.ids) for row in filled], np.int32)
+    keys = [jax.random.fold_in(jax.random.key(row.prompt.seed), row.sample) for row in filled]
+
+    def place(x, dims):
+        spec = loaded.model.rules.act(dims)
+        return jax.device_put(x, jax.sharding.NamedSharding(loaded.mesh, spec))
+
+    return place(tokens_BT, "BS"), place(starts_B, "B"), place(jnp.stack(keys), "B")

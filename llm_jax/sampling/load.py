@@ -1,0 +1,60 @@
+"""A checkpoint as something to generate with: parameters alone, on a mesh of its own."""
+
+import dataclasses
+import logging
+
+import jax
+
+from llm_jax import checkpoint
+from llm_jax import config as config_lib
+from llm_jax import mesh as mesh_lib
+from llm_jax import sharding
+from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.models import build
+from llm_jax.sampling import decode
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What generation needs.
+
+    Attributes:
+      model: parameters, on `mesh`.
+      tokenizer: that the model was trained with.
+      mesh: data x tensor.
+      step: of the checkpoint.
+    """
+
+    model: decode.CachedModel
+    tokenizer: tokenizer_lib.Tokenizer
+    mesh: jax.sharding.Mesh
+    step: int
+
+
+def load(workdir: str, step: int | None = None, tensor: int = 1) -> Loaded:
+    """Loads a checkpoint for generation.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint; None: the latest that is whole.
+      tensor: devices that share one copy of the weights; the others split the batch.
+
+    Raises:
+      errors.UserError: no such checkpoint, none that is whole, or a model that `tensor` does not
+        divide.
+    """
+    mesh_config = config_lib.MeshConfig(tensor=tensor, rules="tp")
+    mesh = mesh_lib.make(mesh_config)
+    rules = sharding.axis_rules(mesh_config)
+
+    def read(step_dir, meta: checkpoint.Meta) -> Loaded:
+        sharding.check_model(meta.config.model, mesh_config, mesh)
+        with jax.set_mesh(mesh):
+            abstract = build.abstract_model(meta.config.model, rules)
+            model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
+            prepared = decode.prepare_model(model)
+        return Loaded(prepared, tokenizer_lib.from_dict(meta.tokenizer), mesh, meta.step)
+
+    return checkpoint.read_latest(workdir, step, read)

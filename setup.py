@@ -1,0 +1,46 @@
+"""Metadata of the package; tools are configured in pyproject.toml."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llm_jax" / "__init__.py").read_text())[1]
+
+# TensorFlow's CPU build is a third of the full one; it is published for x86 Linux alone.
+IS_X86_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+
+setuptools.setup(
+    name="llm_jax",
+    version=VERSION,
+    description="A research codebase for language models on TPU pod slices, in JAX and Flax",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["llm_jax", "llm_jax.*"]),
+    package_data={"llm_jax.data.builders.state_of_the_union": ["*.jsonl.xz", "README.md"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "etils[epath]>=1.9",
+        "flax>=0.12.8",
+        "importlib_resources>=6.4",  # of tensorflow-datasets, which does not declare it
+        "jax>=0.10.2",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.20",
+        f"tensorflow-cpu>=2.20; {IS_X86_LINUX}",
+        f"tensorflow>=2.20; not ({IS_X86_LINUX})",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.21",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"],
+    },
+)

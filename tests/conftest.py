@@ -1,0 +1,23 @@
+"""Eight CPU devices for every test, set before JAX starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from llm_jax import config as config_lib  # noqa: E402
+from llm_jax import mesh as mesh_lib  # noqa: E402
+
+
+@pytest.fixture
+def one_device():
+    """A mesh of one device, entered."""
+    mesh = mesh_lib.make(config_lib.MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield mesh
