@@ -1,22 +1,29 @@
-"""x"""
+"""nanoGPT's CPU shape, on bytes: the quality anchor.
+
+    python -m llm_jax.train --config=configs/char.py --workdir=runs/char
+
+Slice: none, any CPU.
+"""
 
 from llm_jax import config as config_lib
 
 
-def get_config(arg=""):
+def get_config(arg: str = ""):
+    del arg
     config = config_lib.new()
     config.model.update(
         num_layers=4,
-        num_heads=4,
         embed_dim=128,
+        num_heads=4,
+        vocab_size=256,
         max_length=64,
         positions="learned",
         norm="layernorm",
-        activation="gelu_tanh",
+        activation="gelu",
         is_gated=False,
     )
     config.data.update(batch_size=12, sequence_length=64, packing="concat")
-    config.optim.update(b2=0.99)
+    config.optim.update(learning_rate=1e-3, warmup_steps=100, b2=0.99, weight_decay=0.1)
     config.train.update(num_steps=2000, eval_every=1000, log_every=50)
-    config.checkpoint.every = 500
+    config.checkpoint.update(every=1000)
     return config

@@ -53,6 +53,16 @@ def compute_dtype() -> str:
     return "bfloat16"
 
 
+def is_scan_fast() -> bool:
+    """Returns whether layers are better scanned than unrolled.
+
+    A scan compiles in a time that does not grow with depth and costs an accelerator nothing. On a
+    CPU it takes each layer's weights out of the stack by copying, and its gradients back: a small
+    model trains at 0.6 of the speed.
+    """
+    return jax.default_backend() != "cpu"
+
+
 def describe() -> str:
     """Returns one line on the devices, for the log."""
     devices = jax.devices()

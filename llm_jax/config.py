@@ -71,7 +71,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     attention: str = "auto"
     attention_chunk: int = 512  # queries scored at a time by the chunked implementation
-    scan_layers: bool = True
+    scan_layers: bool | None = None  # None: scanned on accelerators, unrolled on a CPU
     remat: str = "none"
 
     @property

@@ -104,7 +104,7 @@ def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
             prepare.prepare(config).eval,
             config,
             jax.sharding.NamedSharding(mesh, rules.act("BT")),
-            train_step.make_eval_step(),
+            train_step.make_eval_step(config),
         )
         return {"step": meta.step} | evaluator(model)
 

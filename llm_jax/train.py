@@ -101,7 +101,7 @@ class Run:
         self._writer = metrics_lib.Writer(workdir, self._first_step) if self._is_main else None
         self._train_step = train_step.make_train_step(config)
         self._evaluate = evaluate.Evaluator(
-            prepared.eval, config, self._batch_sharding, train_step.make_eval_step()
+            prepared.eval, config, self._batch_sharding, train_step.make_eval_step(config)
         )
         per_token = flops.train_flops_per_token(config.model, config.data.sequence_length)
         peak = flops.peak_flops(mesh.devices.flat[0])

@@ -52,10 +52,15 @@ def init_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> Train
 
 
 def loss_sums(
-    model: decoder.Decoder, batch: batch_lib.Batch, key: jax.Array | None = None
+    config: config_lib.RunConfig,
+    model: decoder.Decoder,
+    batch: batch_lib.Batch,
+    key: jax.Array | None = None,
 ) -> losses.LossSums:
     """Returns the summed losses of a batch; `key` turns dropout on."""
-    logits_BTV = model(batch.tokens, batch.positions, batch.segments, key)
+    # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
+    segments_BT = batch.segments if config.data.packing == "packed" else None
+    logits_BTV = model(batch.tokens, batch.positions, segments_BT, key)
     return losses.next_token_sums(logits_BTV, batch.targets, batch.weights)
 
 
@@ -72,7 +77,7 @@ def gradients(
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def loss(model, batch, key):
-        sums = loss_sums(model, batch, key if config.model.dropout else None)
+        sums = loss_sums(config, model, batch, key if config.model.dropout else None)
         return (sums.cross_entropy + config.train.z_loss * sums.z_squared) / weight, sums
 
     gradient = jax.grad(loss, has_aux=True)
@@ -139,6 +144,6 @@ def make_train_step(config: config_lib.RunConfig) -> Callable:
     return jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
 
-def make_eval_step() -> Callable:
+def make_eval_step(config: config_lib.RunConfig) -> Callable:
     """Returns the jitted `(model, batch) -> losses.LossSums`, without dropout."""
-    return jax.jit(loss_sums)
+    return jax.jit(functools.partial(loss_sums, config))

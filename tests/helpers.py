@@ -86,3 +86,51 @@ def place(host_batch, mesh, rules):
     """Puts a host batch on a mesh."""
     target = jax.sharding.NamedSharding(mesh, rules.act("BT"))
     return jax.tree.map(lambda x: jax.device_put(x, target), host_batch)
+
+
+def random_model(
+    config: config_lib.ModelConfig,
+    mesh: jax.sharding.Mesh,
+    rules: sharding.AxisRules,
+    seed: int = 0,
+):
+    """Returns a model whose every parameter is random, so that biases and norm scales count.
+
+    The values are numpy's: nothing is compiled, and they do not depend on the mesh.
+    """
+    with jax.set_mesh(mesh):
+        abstract = build.abstract_model(config, rules)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        value = mean + 0.2 * rng.standard_normal(leaf.shape)
+        target = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+        return jax.device_put(value.astype(leaf.dtype), target)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
+    """Compares two trees leaf by leaf.
+
+    An error may be `tolerance` times the largest magnitude of its leaf, or of 1% of the largest in
+    the tree where that is more: some gradients (of key biases) are zero but for rounding.
+    """
+    actual, expected = jax.device_get(actual), jax.device_get(expected)
+    named = jax.tree_util.tree_flatten_with_path(expected)[0]
+    leaves = jax.tree.leaves(actual)
+    assert len(leaves) == len(named)
+    largest = max(np.abs(np.asarray(leaf, np.float64)).max() for _, leaf in named)
+    for leaf, (path, wanted) in zip(leaves, named):
+        leaf, wanted = np.asarray(leaf, np.float64), np.asarray(wanted, np.float64)
+        assert leaf.shape == wanted.shape, jax.tree_util.keystr(path)
+        scale = max(np.abs(wanted).max(), 0.01 * largest)
+        error = np.abs(leaf - wanted).max() / (scale or 1.0)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} of the scale"
+
+
+def assert_equal(actual, expected) -> None:
+    """Compares two trees bit by bit; NaN equals NaN."""
+    actual, expected = jax.device_get(actual), jax.device_get(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -11,10 +11,12 @@ from llm_jax.models import decoder
 
 
 def resolve(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
-    """Returns the config with `dtype = auto` replaced by what this platform is fast at."""
-    if config.dtype != "auto":
-        return config
-    return dataclasses.replace(config, dtype=backend.compute_dtype())
+    """Returns the config with what is left to the platform decided: dtype and scan."""
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=backend.compute_dtype())
+    if config.scan_layers is None:
+        config = dataclasses.replace(config, scan_layers=backend.is_scan_fast())
+    return config
 
 
 def make_model(

@@ -78,7 +78,7 @@ def _write(path: pathlib.Path, completions, step: int) -> None:
     temporary = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         for completion in completions:
             row = {"step": step} | dataclasses.asdict(completion)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -94,7 +94,8 @@ def _prompts(prompt: str | None, path: str | None, seed: int) -> list[generate.P
     if prompt is not None:
         return [generate.Prompt(prompt, seed)]
     try:
-        lines = pathlib.Path(path).expanduser().read_text().splitlines()
+        # Not splitlines(): U+2028 and its like may stand inside of a JSON string.
+        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise errors.UserError(f"--prompts={path} cannot be read: {error}") from error
     if not any(lines):

@@ -47,7 +47,11 @@ class Completion:
 
 
 class StopScanner:
-    """Passes text through up to the first stop string, holding back what might begin one."""
+    """Passes text through up to the first stop string, holding back what might begin one.
+
+    The first is the one that is complete first; of those that end together, the longest. So what
+    passes does not depend on how the text is cut into pieces.
+    """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [stop for stop in stops if stop]
@@ -59,11 +63,12 @@ class StopScanner:
         if self.is_stopped:
             return ""
         self._held += text
-        found = [self._held.find(stop) for stop in self._stops]
-        first = min((place for place in found if place >= 0), default=-1)
-        if first >= 0:
+        starts = [(self._held.find(stop), len(stop)) for stop in self._stops]
+        spans = [(start + length, start) for start, length in starts if start >= 0]
+        if spans:
             self.is_stopped = True
-            return self._held[:first]
+            _, start = min(spans)
+            return self._held[:start]
         keep = 0
         for stop in self._stops:
             for size in range(min(len(stop) - 1, len(self._held)), keep, -1):
@@ -97,8 +102,10 @@ class _Row:
         self.prompt, self.sample = prompt, sample
         self._eos_id = tokenizer.eos_id
         self._decoder = tokenizer_lib.StreamDecoder(tokenizer)
-        for token in ids:  # the text of a token may depend on those before it
-            self._decoder.feed(int(token))
+        # The text of a token may depend on those before it. What the decoder still holds back of
+        # the prompt's own text comes first later, and is no part of the completion.
+        passed = sum(len(self._decoder.feed(int(token))) for token in ids)
+        self._num_prompt_chars = len(tokenizer.decode(ids)) - passed
         self._scanner = StopScanner(stops)
         self._on_text = on_text
         self._pieces: list[str] = []
@@ -113,7 +120,7 @@ class _Row:
         if token == self._eos_id:
             self.finish("eos")
             return
-        self._emit(self._scanner.feed(self._decoder.feed(token)))
+        self._emit(self._scanner.feed(self._without_prompt(self._decoder.feed(token))))
         if self._scanner.is_stopped:
             self.finish("stop")
 
@@ -121,7 +128,13 @@ class _Row:
         """Ends the row, if nothing has ended it before."""
         if self.finish_reason is None:
             self.finish_reason = reason
-            self._emit(self._scanner.feed(self._decoder.flush()) + self._scanner.flush())
+            rest = self._without_prompt(self._decoder.flush())
+            self._emit(self._scanner.feed(rest) + self._scanner.flush())
+
+    def _without_prompt(self, text: str) -> str:
+        kept = text[self._num_prompt_chars :]
+        self._num_prompt_chars -= len(text) - len(kept)
+        return kept
 
     def _emit(self, text: str) -> None:
         self._pieces.append(text)
@@ -188,11 +201,12 @@ def generate(
                 f"{max_tokens} that is more than the model's max_length = {max_length}; shorten"
                 " one of them"
             )
-    with jax.set_mesh(loaded.mesh):
-        for first in range(0, len(rows), batch_size):
-            batch = rows[first : first + batch_size]
-            _run(loaded, batch, params, max_tokens, _CHUNK if on_text is None else _STREAM_CHUNK)
-            yield from (row.completion() for row in batch)
+    chunk = _CHUNK if on_text is None else _STREAM_CHUNK
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        with jax.set_mesh(loaded.mesh):  # not across the yield: the caller's mesh is its own
+            _run(loaded, batch, params, max_tokens, chunk)
+        yield from (row.completion() for row in batch)
 
 
 def _bucket(length: int) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from llm_jax import errors
 
 _MASKED = float(jnp.finfo(jnp.float32).min)
+_LOWEST_TEMPERATURE = float(jnp.finfo(jnp.float32).tiny)  # what is below becomes 0 in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,9 @@ def choose(
         logits_BV = penalise_repetition(logits_BV, is_seen_BV, params.repetition_penalty)
     if params.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / params.temperature
+    # The best logit is moved to 0 first: however low the temperature is, nothing overflows.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    logits_BV = logits_BV / max(params.temperature, _LOWEST_TEMPERATURE)
     logits_BV = keep_top_k(logits_BV, params.top_k)
     logits_BV = keep_top_p(logits_BV, params.top_p)
     logits_BV = keep_min_p(logits_BV, params.min_p)
