@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
         max_length=64,
         positions="learned",
         norm="layernorm",
-        activation="gelu",
+        activation="gelu_tanh",  # GPT-2's own; the exact one costs a CPU a third of the step
         is_gated=False,
     )
     config.data.update(batch_size=12, sequence_length=64, packing="concat")

@@ -15,6 +15,7 @@ def get_config(arg: str = ""):
     del arg
     config = config_lib.new()
     config.slice = "v5e:4x4"
+    config.model.update(dtype="bfloat16", scan_layers=True)
     config.model.update(
         num_layers=12,
         embed_dim=768,

@@ -16,6 +16,6 @@ def get_config(arg: str = ""):
     )
     config.data.update(tokenizer="train_bpe:4096", batch_size=16, sequence_length=128)
     config.optim.update(learning_rate=2e-3, warmup_steps=50)
-    config.train.update(num_steps=800, eval_every=200, eval_steps=20)
-    config.checkpoint.update(every=400, max_to_keep=2)
+    config.train.update(num_steps=600, eval_every=200, eval_steps=20)
+    config.checkpoint.update(every=300, max_to_keep=2)
     return config

@@ -13,8 +13,11 @@ depend on how it is sharded.
 from collections.abc import Callable
 from collections.abc import Mapping
 import dataclasses
+import hashlib
 from importlib import metadata
+import json
 import logging
+import math
 import pathlib
 import shutil
 import subprocess
@@ -59,6 +62,7 @@ class Meta:
       tokenizer: `Tokenizer.to_dict()`.
       versions: of the code and its libraries.
       fingerprints: of each array, by its path.
+      eval_loss: nats a token, if the model was evaluated at this step.
     """
 
     step: int
@@ -66,6 +70,7 @@ class Meta:
     tokenizer: dict[str, Any]
     versions: dict[str, str]
     fingerprints: dict[str, int]
+    eval_loss: float | None
 
 
 def directory(workdir: str) -> epath.Path:
@@ -124,13 +129,21 @@ def from_nested(target: Any, nested: Mapping[str, Any]) -> Any:
 def _fingerprint(x: jax.Array) -> jax.Array:
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    # Each element is hashed together with its place, so that an exchange of two shows as well: a
+    # sum with factors misses it where the values or the places differ by powers of two.
     index = jnp.zeros((1,) * x.ndim, jnp.uint32)
     for dim, size in enumerate(x.shape):
         shape = [1] * x.ndim
         shape[dim] = size
         index = index * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
-    # An odd factor that differs by place: an exchange of two elements shows as well.
-    return jnp.sum(words * (2 * index + 1) * jnp.uint32(2654435761), dtype=jnp.uint32)
+    return jnp.sum(_mix(words + index * jnp.uint32(2654435761)), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3, one to one on uint32: a changed bit always shows."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 @jax.jit
@@ -180,21 +193,28 @@ def read_meta(step_dir: epath.Path) -> Meta:
         raw = _checkpointer().restore(
             step_dir, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )["meta"]
-        version = raw["format"]
+        is_newer, checksum = raw["format"] > FORMAT_VERSION, raw.pop("checksum", None)
     except _DAMAGE as error:
         raise DamagedError(_one_line(error)) from error
-    if version > FORMAT_VERSION:
+    if is_newer:
         raise errors.UserError(
-            f"{step_dir} has checkpoint format {version}; this llm_jax reads up to"
+            f"{step_dir} has checkpoint format {raw['format']}; this llm_jax reads up to"
             f" {FORMAT_VERSION}: update it"
         )
+    if checksum != _checksum(raw):
+        raise DamagedError("what it says of itself is not what was saved (checksum differs)")
     return Meta(
         step=raw["step"],
         config=config_lib.from_dict(raw["config"]),
         tokenizer=raw["tokenizer"],
         versions=raw["versions"],
         fingerprints=raw["fingerprints"],
+        eval_loss=raw["eval_loss"],
     )
+
+
+def _checksum(raw: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -211,8 +231,13 @@ def _read_arrays(step_dir: epath.Path, meta: Meta, targets: dict[str, Any]) -> d
     try:
         arrays = _checkpointer().restore(step_dir, args=ocp.args.Composite(**args))
         arrays = {name: arrays[name] for name in targets}
-    except _DAMAGE as error:
-        raise DamagedError(_one_line(error)) from error
+    except Exception as error:
+        # Orbax wraps what TensorStore raises in a bare Exception. What is no damage (memory that
+        # runs out) goes on as it is: it must not make a good checkpoint look bad.
+        cause = error.__cause__ if type(error) is Exception else error
+        if not isinstance(cause, _DAMAGE):
+            raise
+        raise DamagedError(_one_line(cause)) from error
     for path, value in fingerprints(arrays).items():
         if meta.fingerprints.get(path) != value:
             raise DamagedError(f"array {path} is not what was saved (fingerprint differs)")
@@ -266,6 +291,23 @@ def steps(checkpoint_dir: epath.Path) -> list[int]:
 # --- the manager of a training run --------------------------------------------------------------
 
 
+class _KeepBest:
+    """Preserves the step with the lowest evaluation loss.
+
+    Orbax has a policy for this, but forgets the losses when a run starts again.
+    """
+
+    def __init__(self):
+        self.eval_losses: dict[int, float] = {}
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Answers for each checkpoint, as Orbax asks."""
+        del context
+        known = [info.step for info in checkpoints if info.step in self.eval_losses]
+        best = min(known, key=self.eval_losses.__getitem__, default=None)
+        return [info.step == best for info in checkpoints]
+
+
 class Checkpoints:
     """Saves and restores the state of one run, asynchronously."""
 
@@ -273,20 +315,22 @@ class Checkpoints:
         self._directory = directory(workdir)
         self._config = config
         self._tokenizer = tokenizer
-        keep = ocp.checkpoint_managers.AnyPreservationPolicy(
-            [
-                ocp.checkpoint_managers.LatestN(config.checkpoint.max_to_keep),
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: -metrics["eval_loss"],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        self._best = _KeepBest()
+        latest = ocp.checkpoint_managers.LatestN(config.checkpoint.max_to_keep)
+        keep = ocp.checkpoint_managers.AnyPreservationPolicy([latest, self._best])
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=keep, enable_async_checkpointing=True
         )
         self._manager = self._open()
+        for step in self._manager.all_steps():
+            try:
+                self._note_loss(step, read_meta(self._directory / str(step)).eval_loss)
+            except DamagedError:
+                pass  # restore_latest says so, if it comes to this checkpoint
+
+    def _note_loss(self, step: int, eval_loss: float | None) -> None:
+        if eval_loss is not None and math.isfinite(eval_loss):
+            self._best.eval_losses[step] = eval_loss
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self._directory, options=self._options)
@@ -307,14 +351,16 @@ class Checkpoints:
             "tokenizer": self._tokenizer,
             "versions": code_version(),
             "fingerprints": fingerprints({"params": params, "training": training}),
+            "eval_loss": eval_loss,
         }
+        meta["checksum"] = _checksum(meta)
+        self._note_loss(step, eval_loss)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             training=ocp.args.StandardSave(training),
             meta=ocp.args.JsonSave(meta),
         )
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-        self._manager.save(step, args=args, metrics=metrics, force=True)
+        self._manager.save(step, args=args, force=True)
 
     def latest_step(self) -> int | None:
         """Returns the newest step saved, or None."""

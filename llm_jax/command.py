@@ -96,6 +96,7 @@ def _take_none_overrides(argv: Sequence[str]) -> list[str]:
         if equals and value in ("None", "none") and type(None) in typing.get_args(kind):
             _none_overrides[path] = None
         else:
+            _none_overrides.pop(path, None)  # the last override of a setting counts
             kept.append(arg)
     return kept
 

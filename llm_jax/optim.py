@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 import optax
 from optax import contrib
 
@@ -78,6 +79,12 @@ def _muon(config: config_lib.OptimConfig) -> optax.GradientTransformation:
         beta=config.muon_momentum, weight_dimension_numbers=muon_dimension_numbers
     )
 
+    def init(params):
+        state = inner.init(params)
+        # A constant is on no mesh: placed as `update` returns it, it lets a step compile once.
+        coefficients = jax.sharding.reshard(state.ns_coeffs, PartitionSpec(None))
+        return state._replace(ns_coeffs=coefficients)
+
     def update(updates, state, params=None):
         del params
         shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (updates, state))
@@ -85,7 +92,7 @@ def _muon(config: config_lib.OptimConfig) -> optax.GradientTransformation:
         updates, state = run(updates, state)
         return jax.tree_util.tree_map_with_path(_match_adam_rms, updates), state
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def _match_adam_rms(path: tuple[Any, ...], update: jax.Array) -> jax.Array:

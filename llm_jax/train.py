@@ -9,9 +9,11 @@ import logging
 import math
 import signal
 import time
+import typing
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 
 from llm_jax import backend
 from llm_jax import checkpoint
@@ -66,9 +68,9 @@ def train(config: config_lib.RunConfig, workdir: str) -> train_step.TrainState:
     mesh = mesh_lib.make(config.mesh)
     sharding.check(config, mesh)
     prepared = prepare.prepare(config)
-    _write_config(config, workdir)
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh, prepared)
+        _write_config(config, workdir)  # not before: a config that is refused leaves the run's own
         return run.train()
 
 
@@ -94,6 +96,7 @@ class Run:
         self._train_cache = prepared.train
         self._batch_sharding = jax.sharding.NamedSharding(mesh, rules.act("BT"))
         self._is_main = jax.process_index() == 0
+        self._is_profiling = False
         self._terminal = metrics_lib.Terminal()
         self._checkpoints = checkpoint.Checkpoints(workdir, config, prepared.tokenizer.to_dict())
         self._state = self._first_state(rules, mesh)
@@ -169,6 +172,7 @@ class Run:
             if is_stopping and step < num_steps:
                 self._say(f"SIGTERM: saved step {step}; run the same command to go on")
                 break
+        self._stop_profile()
         self._checkpoints.close()
         if self._writer is not None:
             self._writer.close()
@@ -207,20 +211,26 @@ class Run:
             )
 
     def _check_finite(self, step: int, row: dict[str, float]) -> None:
-        bad = [k for k in ("train/loss", "train/grad_norm") if not math.isfinite(row[k])]
-        if not bad:
-            return
+        for name in ("train/loss", "train/grad_norm"):
+            if not math.isfinite(row[name]):
+                self._raise_nonfinite(step, f"{name} = {row[name]}")
+
+    def _raise_nonfinite(self, step: int, what: str) -> typing.NoReturn:
+        self._stop_profile()
         self._checkpoints.close()
         last = self._checkpoints.latest_step()
         kept = "no checkpoint was saved before" if last is None else f"step {last} is the last good"
         raise NonFiniteError(
-            f"{bad[0]} = {row[bad[0]]} at step {step}; {kept} ({checkpoint.directory(self._workdir)})."
+            f"{what} at step {step}; {kept} ({checkpoint.directory(self._workdir)})."
             " Lower config.optim.learning_rate, lengthen config.optim.warmup_steps, or set"
             " config.train.on_nonfinite=skip to leave such updates out, and run again"
         )
 
     def _evaluate_and_save(self, step: int, is_stopping: bool) -> None:
         self._throughput.pause()
+        # Loss and gradient of this step can be finite and its update not: that shows a step later.
+        if self._config.train.on_nonfinite == "stop" and not _is_finite(self._state.model):
+            self._raise_nonfinite(step, "a parameter is not finite")
         eval_loss = None
         # A machine that is about to be taken away has seconds: they go to the checkpoint.
         if self._is_eval_step(step) and not is_stopping:
@@ -236,14 +246,29 @@ class Run:
     def _profile(self, step: int) -> None:
         if not self._config.profile:
             return
-        first = self._first_step + 1 + _PROFILE_FIRST
-        path = str(epath.Path(self._workdir) / "profile")
+        # Runs that end before are traced from their first step.
+        first = self._first_step + 1
+        if first + _PROFILE_FIRST <= self._config.train.num_steps:
+            first += _PROFILE_FIRST
         if step == first:
-            jax.profiler.start_trace(path)
+            jax.profiler.start_trace(str(epath.Path(self._workdir) / "profile"))
+            self._is_profiling = True
         elif step == first + _PROFILE_STEPS:
-            jax.block_until_ready(self._state)
-            jax.profiler.stop_trace()
-            self._say(f"wrote a trace of {_PROFILE_STEPS} steps to {path}; view it with xprof")
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        if not self._is_profiling:
+            return
+        self._is_profiling = False
+        jax.block_until_ready(self._state)
+        jax.profiler.stop_trace()
+        path = epath.Path(self._workdir) / "profile"
+        self._say(f"wrote a trace of up to {_PROFILE_STEPS} steps to {path}; view it with xprof")
+
+
+@jax.jit
+def _is_finite(tree: typing.Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def define_flags() -> None:

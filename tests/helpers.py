@@ -19,6 +19,7 @@ TINY = config_lib.ModelConfig(
     vocab_size=32,
     max_length=32,
     dtype="float32",
+    scan_layers=True,  # as on an accelerator
     init_stddev=0.2,  # large enough that what a layer does shows in the logits
 )
 

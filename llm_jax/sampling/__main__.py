@@ -46,8 +46,6 @@ def main() -> None:
     )
     loaded = load.load(command.required("workdir"), given.step, given.tensor)
     is_streaming = given.output is None and len(prompts) * given.num_samples == 1
-    if is_streaming:
-        print(prompts[0].text, end="", flush=True)
     completions = generate.generate(
         loaded,
         prompts,
@@ -61,6 +59,8 @@ def main() -> None:
     if given.output is not None:
         _write(pathlib.Path(given.output), completions, loaded.step)
         return
+    if is_streaming:
+        _print_now(prompts[0].text)
     for completion in completions:
         if is_streaming:
             print()

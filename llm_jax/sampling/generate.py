@@ -4,6 +4,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,15 @@ class _Row:
         self._num_tokens = 0
         self.finish_reason: str | None = None
 
+    def key(self) -> jax.Array:
+        """Returns the key of this row's draws: of its seed, text and sample, not of its batch.
+
+        The text goes in so that prompts of one seed do not all draw alike.
+        """
+        of_prompt = zlib.crc32(self.prompt.text.encode())
+        key = jax.random.fold_in(jax.random.key(self.prompt.seed), of_prompt)
+        return jax.random.fold_in(key, self.sample)
+
     def feed(self, token: int) -> None:
         """Takes the next token, unless the row has ended."""
         if self.finish_reason is not None:
@@ -163,7 +173,9 @@ def generate(
     batch_size: int = 16,
     on_text: OnText | None = None,
 ) -> Iterator[Completion]:
-    """Yields `num_samples` completions of each prompt, in their order.
+    """Returns an iterator over `num_samples` completions of each prompt, in their order.
+
+    Arguments are checked at once, text is generated as the iterator is read.
 
     Args:
       loaded: from `load.load`.
@@ -186,6 +198,9 @@ def generate(
     ):
         if value < 1:
             raise errors.UserError(f"--{name}={value} must be at least 1")
+    for prompt in prompts:
+        if not 0 <= prompt.seed < 1 << 32:
+            raise errors.UserError(f"seed {prompt.seed} must be in [0, 2^32)")
     if on_text is not None and len(prompts) * num_samples != 1:
         raise errors.UserError("streaming takes one prompt and one sample")
     rows = [
@@ -202,6 +217,17 @@ def generate(
                 " one of them"
             )
     chunk = _CHUNK if on_text is None else _STREAM_CHUNK
+    return _completions(loaded, rows, params, max_tokens, batch_size, chunk)
+
+
+def _completions(
+    loaded: load.Loaded,
+    rows: list[_Row],
+    params: samplers.SamplingParams,
+    max_tokens: int,
+    batch_size: int,
+    chunk: int,
+) -> Iterator[Completion]:
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         with jax.set_mesh(loaded.mesh):  # not across the yield: the caller's mesh is its own
@@ -255,7 +281,7 @@ def _inputs(loaded: load.Loaded, rows: list[_Row]) -> tuple[jax.Array, jax.Array
     for index, row in enumerate(filled):
         tokens_BT[index, length - len(row.ids) :] = row.ids
     starts_B = np.asarray([length - len(row.ids) for row in filled], np.int32)
-    keys = [jax.random.fold_in(jax.random.key(row.prompt.seed), row.sample) for row in filled]
+    keys = [row.key() for row in filled]
 
     def place(x, dims):
         spec = loaded.model.rules.act(dims)

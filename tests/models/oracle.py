@@ -27,12 +27,16 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def _causal_heads(q, k, v):
-    """One head at a time: q, k, v are [T, C]."""
+def _causal_head(q, k, v, slope=0.0, softcap=math.inf, window=math.inf):
+    """One head, one query at a time: q, k, v are [T, C]."""
     length, width = q.shape
     y = np.zeros_like(q)
     for t in range(length):
-        y[t] = softmax(k[: t + 1] @ q[t] / math.sqrt(width)) @ v[: t + 1]
+        seen = np.array([s for s in range(t + 1) if t - s < window])
+        scores = k[seen] @ q[t] / math.sqrt(width)
+        if softcap < math.inf:
+            scores = softcap * np.tanh(scores / softcap)
+        y[t] = softmax(scores - slope * (t - seen)) @ v[seen]
     return y
 
 
@@ -59,7 +63,7 @@ def gpt2(weights: dict[str, np.ndarray], tokens: np.ndarray, num_layers: int) ->
             q = h @ w["attention.q_DKGC"][:, head, 0] + w["attention.q_bias_KGC"][head, 0]
             k = h @ w["attention.k_DKC"][:, head] + w["attention.k_bias_KC"][head]
             v = h @ w["attention.v_DKC"][:, head] + w["attention.v_bias_KC"][head]
-            x = x + _causal_heads(q, k, v) @ w["attention.out_KGCD"][head, 0]
+            x = x + _causal_head(q, k, v) @ w["attention.out_KGCD"][head, 0]
         x = x + w["attention.out_bias_D"]
         h = layer_norm(x, w["mlp_norm.scale_D"], w["mlp_norm.bias_D"])
         h = gelu(h @ w["mlp.up_DF"] + w["mlp.up_bias_F"])
@@ -69,34 +73,64 @@ def gpt2(weights: dict[str, np.ndarray], tokens: np.ndarray, num_layers: int) ->
 
 
 def llama(
-    weights: dict[str, np.ndarray], tokens: np.ndarray, num_layers: int, theta: float = 10_000.0
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    num_layers: int,
+    *,
+    theta: float = 10_000.0,
+    rotated: int | None = None,
+    slopes: list[float] | None = None,
+    **attention,
 ) -> np.ndarray:
-    """Returns logits [T, V] (Touvron et al. 2023, section 2.2; grouped heads of Llama 2)."""
+    """Returns logits [T, V] (Touvron et al. 2023, section 2.2; grouped heads of Llama 2).
+
+    Args:
+      weights: with norms of queries and keys, heads are normalised (Dehghani et al. 2023); without
+        a final norm, norms come after the sum (Vaswani et al. 2017).
+      tokens, num_layers, theta: of the model.
+      rotated: elements of each head that RoPE turns; None for all of them.
+      slopes: of ALiBi (Press et al. 2022), one a head.
+      **attention: `softcap` and `window`.
+    """
+    is_post_norm = "final_norm.scale_D" not in weights
 
     def rms_norm(x, scale):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
 
     def rope(x):
-        # As complex numbers (Su et al. 2021, equation 12): element i pairs with i + C / 2.
-        half = x.shape[-1] // 2
+        # As complex numbers (Su et al. 2021, equation 12): element i pairs with i + half.
+        half = (x.shape[-1] if rotated is None else rotated) // 2
+        if not half:
+            return x
         angles = np.outer(np.arange(len(x)), theta ** (-np.arange(half) / half))
-        turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angles)
-        return np.concatenate([turned.real, turned.imag], axis=-1)
+        turned = (x[:, :half] + 1j * x[:, half : 2 * half]) * np.exp(1j * angles)
+        return np.concatenate([turned.real, turned.imag, x[:, 2 * half :]], axis=-1)
 
     x = weights["embedding.table_VD"][tokens]
     for index in range(num_layers):
         w = _layer(weights, index)
-        h = rms_norm(x, w["attention_norm.scale_D"])
+
+        def head(matrix, norm):
+            projected = h @ matrix  # noqa: B023
+            scale = w[norm] if norm in w else None  # noqa: B023
+            return rope(projected if scale is None else rms_norm(projected, scale))
+
+        h = x if is_post_norm else rms_norm(x, w["attention_norm.scale_D"])
         _, num_kv_heads, group, _ = w["attention.q_DKGC"].shape
-        for kv_head in range(num_kv_heads):
-            k = rope(h @ w["attention.k_DKC"][:, kv_head])
+        for kv_head, member in np.ndindex(num_kv_heads, group):
+            q = head(w["attention.q_DKGC"][:, kv_head, member], "attention.q_norm.scale_C")
+            k = head(w["attention.k_DKC"][:, kv_head], "attention.k_norm.scale_C")
             v = h @ w["attention.v_DKC"][:, kv_head]
-            for member in range(group):
-                q = rope(h @ w["attention.q_DKGC"][:, kv_head, member])
-                x = x + _causal_heads(q, k, v) @ w["attention.out_KGCD"][kv_head, member]
-        h = rms_norm(x, w["mlp_norm.scale_D"])
+            slope = 0.0 if slopes is None else slopes[kv_head * group + member]
+            y = _causal_head(q, k, v, slope, **attention)
+            x = x + y @ w["attention.out_KGCD"][kv_head, member]
+        if is_post_norm:
+            x = rms_norm(x, w["attention_norm.scale_D"])
+        h = x if is_post_norm else rms_norm(x, w["mlp_norm.scale_D"])
         gate = h @ w["mlp.gate_DF"]
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp.up_DF"])) @ w["mlp.out_FD"]
-    x = rms_norm(x, weights["final_norm.scale_D"])
-    head = weights["head_DV"] if "head_DV" in weights else weights["embedding.table_VD"].T
-    return x @ head
+        if is_post_norm:
+            x = rms_norm(x, w["mlp_norm.scale_D"])
+    if not is_post_norm:
+        x = rms_norm(x, weights["final_norm.scale_D"])
+    return x @ (weights["head_DV"] if "head_DV" in weights else weights["embedding.table_VD"].T)

@@ -13,6 +13,7 @@ from llm_jax import config as config_lib
 from llm_jax import flops
 from llm_jax import train_step
 from llm_jax.models import layers
+from llm_jax.models import mlp
 from llm_jax.models import positions
 from tests import helpers
 from tests.models import oracle
@@ -223,7 +224,7 @@ def _gradients(**changes):
     batch = helpers.place(helpers.random_batch(run), mesh, rules)
 
     def loss(model, batch, key):
-        sums = train_step.loss_sums(model, batch, key)
+        sums = train_step.loss_sums(run, model, batch, key)
         return sums.cross_entropy / sums.weight
 
     with jax.set_mesh(mesh):
@@ -261,7 +262,7 @@ def test_remat_policies_save_less_and_less(one_device):
         batch = helpers.place(helpers.random_batch(run), mesh, rules)
 
         def backward(model):
-            return jax.vjp(lambda m: train_step.loss_sums(m, batch).cross_entropy, model)[1]
+            return jax.vjp(lambda m: train_step.loss_sums(run, m, batch).cross_entropy, model)[1]
 
         kept = jax.tree.leaves(jax.eval_shape(backward, model))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
@@ -273,14 +274,29 @@ def test_remat_policies_save_less_and_less(one_device):
 # --- parts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_llama_equals_oracle(tied):
-    config = _config("llama", tie_embeddings=tied)
+@pytest.mark.parametrize(
+    "changes, options",
+    [
+        ({}, {}),
+        ({"tie_embeddings": False, "rope_theta": 100.0}, {"theta": 100.0}),
+        ({"use_qk_norm": True}, {}),
+        ({"window": 3, "attention_softcap": 0.5}, {"window": 3, "softcap": 0.5}),
+        ({"head_dim": 8, "rope_fraction": 0.5}, {"rotated": 4}),
+        (
+            {"positions": "alibi", "num_heads": 8},
+            {"rotated": 0, "slopes": [2.0**-i for i in range(1, 9)]},
+        ),
+        ({"positions": "none", "norm_placement": "post"}, {"rotated": 0}),
+    ],
+    ids=str,
+)
+def test_llama_equals_oracle(changes, options):
+    config = _config("llama", **changes)
     model, tokens_BT = _model(config), _tokens()
     logits_BTV = _forward(model, tokens_BT)
     weights = oracle.weights_of(model)
     for row in range(2):
-        wanted_TV = oracle.llama(weights, tokens_BT[row], config.num_layers)
+        wanted_TV = oracle.llama(weights, tokens_BT[row], config.num_layers, **options)
         helpers.assert_close(logits_BTV[row], wanted_TV)
 
 
@@ -292,6 +308,21 @@ def test_gpt2_equals_oracle():
     for row in range(2):
         wanted_TV = oracle.gpt2(weights, tokens_BT[row], config.num_layers)
         helpers.assert_close(logits_BTV[row], wanted_TV)
+
+
+def test_activations_by_their_definitions():
+    x = np.linspace(-3, 3, 25)
+    normal = np.array([(1 + math.erf(value / math.sqrt(2))) / 2 for value in x])
+    wanted = {
+        "gelu": x * normal,
+        "gelu_tanh": x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "silu": x / (1 + np.exp(-x)),
+        "relu": np.maximum(x, 0),
+        "relu_squared": np.maximum(x, 0) ** 2,
+    }
+    assert set(mlp.ACTIVATIONS) == set(config_lib.ACTIVATIONS) == set(wanted)
+    for name, values in wanted.items():
+        helpers.assert_close(mlp.ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), values)
 
 
 def test_logit_softcap_bounds_and_bends():

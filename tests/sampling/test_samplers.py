@@ -201,9 +201,10 @@ def _expected(logits, params, seen=None) -> np.ndarray:
         (samplers.SamplingParams(top_p=0.7), None),
         (samplers.SamplingParams(min_p=0.2), None),
         (samplers.SamplingParams(repetition_penalty=2.0), [True, False] * 3 + [True]),
+        (samplers.SamplingParams(temperature=2.0, top_p=0.7), None),  # hot first, then cut
         (samplers.SamplingParams(0.7, 5, 0.9, 0.1, 1.5), [True, False] * 3 + [True]),
     ],
-    ids=["plain", "hot", "cold", "top_k", "top_p", "min_p", "penalty", "all"],
+    ids=["plain", "hot", "cold", "top_k", "top_p", "min_p", "penalty", "hot_then_cut", "all"],
 )
 def test_frequencies_match_probabilities(params, seen):
     probs = _expected(LOGITS, params, seen)

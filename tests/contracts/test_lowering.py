@@ -1,0 +1,70 @@
+"""Every shipped config lowers one train step for the slice that it names, without any device."""
+
+import importlib
+import math
+import pathlib
+
+import jax
+from jax.sharding import AbstractMesh
+from jax.sharding import AxisType
+import jax.numpy as jnp
+import pytest
+
+from llm_jax import config as config_lib
+from llm_jax import mesh as mesh_lib
+from llm_jax import sharding
+from llm_jax import train_step
+from llm_jax.data import batch as batch_lib
+
+NAMES = sorted(
+    path.stem
+    for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
+    if path.stem != "__init__"
+)
+
+
+def _num_chips(slice_name: str) -> int:
+    if slice_name == "cpu":
+        return 1
+    return math.prod(int(side) for side in slice_name.partition(":")[2].split("x"))
+
+
+def _spec(leaf):
+    return jax.sharding.PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_lowers_for_its_slice(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = config_lib.from_config_dict(module.get_config(""))
+    shape = mesh_lib.resolve_shape(config.mesh, _num_chips(config.slice))
+    mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Explicit,) * len(shape))
+    sharding.check(config, mesh)
+    rules = sharding.axis_rules(config.mesh)
+    size = (config.data.batch_size, config.data.sequence_length)
+    placed = jax.sharding.NamedSharding(mesh, rules.act("BT"))
+
+    def array(dtype):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=placed)
+
+    batch = batch_lib.Batch(
+        *(array(dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32))
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(lambda: train_step.init_state(config, rules))
+        new_state, metrics = jax.eval_shape(
+            lambda state, batch: train_step.train_step(config, state, batch), state, batch
+        )
+    assert metrics["train/loss"].shape == ()
+    updated = dict(jax.tree_util.tree_flatten_with_path(new_state)[0])
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        assert updated[path].shape == leaf.shape, path
+        assert _spec(updated[path]) == _spec(leaf), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_says_what_it_is_for(name):
+    docstring = importlib.import_module(f"configs.{name}").__doc__
+    assert f"--config=configs/{name}.py" in docstring
+    assert "Slice: " in docstring
+    assert "Expected: " in docstring

@@ -1,0 +1,200 @@
+"""Every mesh and rule gives the loss, gradients and updates of one device."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax import config as config_lib
+from llm_jax import dims
+from llm_jax import optim
+from llm_jax import sharding
+from llm_jax import train_step
+from tests import helpers
+
+MODELS = {
+    "gpt2": helpers.GPT2 | {"dropout": 0.2},
+    "llama": {
+        "tie_embeddings": False,
+        "use_qk_norm": True,
+        "attention": "chunked",
+        # Of a sharded sequence, a chunk must be a multiple of the shards.
+        "attention_chunk": 8,
+    },
+}
+
+# Sizes along replica, data, seq, expert, tensor.
+MESHES = {
+    "dp": ((1, 8, 1, 1, 1), "dp"),
+    "fsdp": ((1, 4, 1, 1, 1), "fsdp"),
+    "fsdp_replica": ((2, 4, 1, 1, 1), "fsdp"),
+    "fsdp_seq": ((1, 2, 4, 1, 1), "fsdp"),
+    "fsdp_tp": ((1, 2, 1, 1, 2), "fsdp_tp"),
+    "fsdp_tp_seq": ((1, 2, 2, 1, 2), "fsdp_tp"),
+    "tp": ((1, 2, 1, 1, 2), "tp"),
+}
+
+_CASES = [(model, mesh) for model in MODELS for mesh in MESHES]
+
+
+def _config(model, **sections):
+    config = helpers.tiny_run_config(MODELS[model], **sections)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, z_loss=0.05))
+
+
+@functools.cache
+def _gradients(model, shape, rules, accumulation=1):
+    """Returns gradients and loss sums on a mesh, and the specs of the gradients."""
+    config = _config(model, optim={"accumulation_steps": accumulation})
+    mesh, axis_rules = helpers.make_mesh(shape, rules)
+    parameters = helpers.random_model(config.model, mesh, axis_rules)
+    batch = helpers.place(helpers.random_batch(config), mesh, axis_rules)
+    with jax.set_mesh(mesh):
+        run = jax.jit(functools.partial(train_step.gradients, config))
+        grads, sums = run(parameters, batch, jax.random.key(0))
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(grads)]
+    return jax.tree.leaves(jax.device_get(grads)), jax.device_get(sums), specs
+
+
+@pytest.mark.parametrize("model, mesh", _CASES)
+def test_loss_and_gradients_equal_one_device(model, mesh):
+    grads, sums, specs = _gradients(model, *MESHES[mesh])
+    one_grads, one_sums, _ = _gradients(model, (1, 1, 1, 1, 1), "fsdp")
+    helpers.assert_close(sums, one_sums)
+    helpers.assert_close(grads, one_grads, 2e-5)
+    # Gradients lie as their parameters do, so that an update moves nothing.
+    with jax.set_mesh(helpers.make_mesh(*MESHES[mesh])[0]):
+        abstract = _abstract_state(_config(model), MESHES[mesh][1]).model
+    wanted = [leaf.sharding.spec for leaf in jax.tree.leaves(abstract)]
+    assert specs == wanted
+
+
+def test_accumulation_on_a_mesh_equals_one_device():
+    grads, sums, _ = _gradients("llama", (1, 2, 2, 1, 2), "fsdp_tp", accumulation=2)
+    one_grads, one_sums, _ = _gradients("llama", (1, 1, 1, 1, 1), "fsdp")
+    helpers.assert_close(sums, one_sums)
+    helpers.assert_close(grads, one_grads, 2e-5)
+
+
+# --- where things lie -------------------------------------------------------------------------
+
+
+def _abstract_state(config, rules):
+    axis_rules = sharding.PRESETS[rules]
+    return jax.eval_shape(lambda: train_step.init_state(config, axis_rules))
+
+
+def _axes(axes):
+    """Normalises an entry of a spec."""
+    return axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_parameters_lie_as_the_rules_say(mesh):
+    """Each dimension by its letter; on each device lies that share of the array and no more."""
+    shape, rules = MESHES[mesh]
+    config = _config("gpt2")
+    device_mesh, axis_rules = helpers.make_mesh(shape, rules)
+    with jax.set_mesh(device_mesh):
+        model = helpers.make_model(config.model, axis_rules)
+    table = dict(axis_rules.params)
+    num_sharded = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+        letters = dims.of_path(path)
+        offset = leaf.ndim - len(letters)
+        share = list(leaf.shape)
+        for place, letter in enumerate(letters, offset):
+            if len(letters) > 1 and letter in table:
+                share[place] //= device_mesh.shape[table[letter]]
+        name = jax.tree_util.keystr(path)
+        assert {piece.data.shape for piece in leaf.addressable_shards} == {tuple(share)}, name
+        num_sharded += tuple(share) != leaf.shape
+    assert (num_sharded == 0) == (rules == "dp")
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+@pytest.mark.parametrize("mesh", ["fsdp", "fsdp_tp"])
+def test_optimiser_state_lies_as_its_parameters(name, mesh):
+    shape, rules = MESHES[mesh]
+    with jax.set_mesh(helpers.make_mesh(shape, rules)[0]):
+        state = _abstract_state(_config("gpt2", optim={"name": name}), rules)
+    parameters = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state.model)[0]
+    }
+    num_matched = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
+        text = jax.tree_util.keystr(path)
+        for parameter, wanted in parameters.items():
+            if text.endswith(parameter) and leaf.shape == wanted.shape:
+                assert leaf.sharding.spec == wanted.sharding.spec, text
+                num_matched += 1
+    moments = {"adamw": 2.0, "lion": 1.0, "sgd": 1.0, "adafactor": 1.0}
+    if name in moments:
+        assert num_matched == moments[name] * len(parameters)
+    else:  # muon keeps one moment of a matrix and two of the rest
+        num_muon = list(jax.tree.leaves(optim.muon_labels(state.model))).count("muon")
+        assert num_matched == 2 * len(parameters) - num_muon
+
+
+@pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
+def test_update_equals_one_device(name):
+    """Of given gradients; widths are those from which on Adafactor factors its moments."""
+    widths = {"embed_dim": 128, "mlp_dim": 256, "scan_layers": True}
+    model = helpers.tiny_model_config(**MODELS["gpt2"] | widths)
+    config = config_lib.OptimConfig(name=name)
+
+    def run(shape, rules):
+        mesh, axis_rules = helpers.make_mesh(shape, rules)
+        params = helpers.random_model(model, mesh, axis_rules)
+        optimizer = optim.make_optimizer(config, lambda step: 1.0)
+
+        with jax.set_mesh(mesh):
+            grads = helpers.random_model(model, mesh, axis_rules, seed=1)
+            state = jax.jit(optimizer.init)(params)
+            update = jax.jit(optimizer.update)
+            _, state = update(grads, state, params)
+            return jax.tree.leaves(jax.device_get(update(params, state, params)[0]))
+
+    # The Newton-Schulz steps of Muon blow rounding up.
+    tolerance = 1e-4 if name == "muon" else 1e-5
+    helpers.assert_close(run((1, 2, 1, 1, 2), "fsdp_tp"), run((1, 1, 1, 1, 1), "fsdp"), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_steps_equal_one_device_and_keep_their_place(name):
+    """From `init_state`: the random draws of initialisation and dropout do not see the mesh."""
+    # A larger epsilon: Adam divides what is zero but for rounding (gradients of key biases) by it.
+    config = _config("gpt2", optim={"name": name, "warmup_steps": 0, "epsilon": 1e-3})
+
+    def run(shape, rules):
+        mesh, axis_rules = helpers.make_mesh(shape, rules)
+        batch = helpers.place(helpers.random_batch(config), mesh, axis_rules)
+        with jax.set_mesh(mesh):
+            state = jax.jit(lambda: train_step.init_state(config, axis_rules))()
+            places = [leaf.sharding for leaf in jax.tree.leaves(state)]
+            step = train_step.make_train_step(config)
+            for _ in range(3):
+                state, metrics = step(state, batch)
+        leaves = jax.tree.leaves(state)
+        assert all(
+            leaf.sharding.is_equivalent_to(place, leaf.ndim) for leaf, place in zip(leaves, places)
+        )
+        assert step._cache_size() == 1, "the second step compiles again"
+        return jax.tree.leaves(jax.device_get(state.model)), jax.device_get(metrics)
+
+    params, metrics = run((1, 2, 2, 1, 2), "fsdp_tp")
+    one_params, one_metrics = run((1, 1, 1, 1, 1), "fsdp")
+    helpers.assert_close(metrics, one_metrics, 2e-5)
+    helpers.assert_close(params, one_params, 2e-5)
+
+
+def test_specs_are_not_all_empty():
+    """The comparison above would hold for arrays that lie everywhere whole."""
+    *_, specs = _gradients("gpt2", *MESHES["fsdp_tp"])
+    used = {_axes(axes) for spec in specs for axes in spec}
+    assert used == {None, "data", "tensor"}
+    assert np.sum([any(spec) for spec in specs]) >= 8
