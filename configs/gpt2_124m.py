@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
     config.data.update(
         source="tfds:c4/en", tokenizer="bpe:gpt2", batch_size=512, sequence_length=1024
     )
-    config.optim.update(learning_rate=6e-4, warmup_steps=2000)
+    config.optim.update(learning_rate=6e-4, warmup_steps=2000, accumulation_steps=4)
     config.train.update(num_steps=600_000, eval_every=2000, eval_steps=50)
     config.checkpoint.update(every=2000)
     return config

@@ -91,7 +91,7 @@ class Throughput:
         self._paused_at: float | None = None
 
     def add(self, tokens: float, waited: float) -> None:
-        """Counts one finished step: its tokens, and the seconds that it waited for its batch."""
+        """Counts one finished step: its tokens, and the seconds that devices waited for a batch."""
         self._tokens += tokens
         self._steps += 1
         self._waited += waited

@@ -161,7 +161,9 @@ class Run:
             # metrics of its predecessor.
             started = time.perf_counter()
             batch = next(batches) if step < num_steps else None
-            waited = time.perf_counter() - started
+            # A step still running when its successor's batch is there did not wait for it.
+            is_idle = metrics["train/loss"].is_ready()
+            waited = time.perf_counter() - started if is_idle else 0.0
             self._log(pending, waited)
             pending = step, metrics
             is_stopping = preemption.is_requested()

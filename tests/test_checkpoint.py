@@ -234,6 +234,11 @@ def _flip(path):
     path.write_bytes(content)
 
 
+def _reword(path):
+    """Changes what the checkpoint says of itself into something that is just as valid."""
+    path.write_bytes(path.read_bytes().replace(b'"kind": "bytes"', b'"kind": "bytez"'))
+
+
 DAMAGES = {
     "truncated_parameters": (_truncate, "params"),
     "deleted_parameters": (_delete, "params"),
@@ -242,6 +247,7 @@ DAMAGES = {
     "flipped_training": (_flip, "training"),
     "emptied_meta": (_empty, "meta"),
     "flipped_meta": (_flip, "meta"),
+    "reworded_meta": (_reword, "meta"),
     "deleted_meta": (shutil.rmtree, None),
 }
 
@@ -396,9 +402,9 @@ def _save_all(folder, losses: dict[int, float | None], max_to_keep: int) -> None
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
-    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: None, 5: float("nan"), 6: 2.0}
+    losses = {1: float("nan"), 2: 5.0, 3: 1.0, 4: 4.0, 5: float("nan"), 6: None, 7: 2.0}
     _save_all(tmp_path, losses, max_to_keep=2)
-    assert _kept(tmp_path) == [2, 5, 6]
+    assert _kept(tmp_path) == [3, 6, 7]
 
 
 def test_the_best_is_kept_by_a_run_that_starts_again(tmp_path):
