@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llm_jax" / "__init__.py").
 
 # TensorFlow's CPU build is a third of the full one; it is published for x86 Linux alone.
 IS_X86_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+IS_OTHER = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 
 setuptools.setup(
     name="llm_jax",
@@ -34,7 +35,7 @@ setuptools.setup(
         "sentencepiece>=0.2",
         "tensorboard>=2.20",
         f"tensorflow-cpu>=2.20; {IS_X86_LINUX}",
-        f"tensorflow>=2.20; not ({IS_X86_LINUX})",
+        f"tensorflow>=2.20; {IS_OTHER}",
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.21",
         "tqdm>=4.66",
