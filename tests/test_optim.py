@@ -222,7 +222,7 @@ def test_muon_update_is_orthogonal_with_the_size_of_adam(one_device, shape):
     """Each layer of a stack by itself.
 
     Five steps of the quintic Newton-Schulz iteration leave singular values in about [0.68, 1.13]
-    (Jordan et al. 2024); the largest seen here is 1.2. A gradient's own span two decades.
+    (Jordan et al. 2024); 0.70 and 1.13 were seen. Those of the gradient span two decades.
     """
 
     class Stack(NamedTuple):
@@ -240,13 +240,13 @@ def test_muon_update_is_orthogonal_with_the_size_of_adam(one_device, shape):
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     values = np.linalg.svd(np.asarray(updates.up_DF), compute_uv=False)
     unit = 0.2 * max(shape[1:]) ** 0.5
-    assert values.min() > 0.6 * unit and values.max() < 1.25 * unit
+    assert values.min() > 0.68 * unit and values.max() < 1.15 * unit
     # Same singular directions, downhill.
     for update, grad in zip(np.asarray(updates.up_DF), grad_LMN):
         u_MM, _, v_NN = np.linalg.svd(grad)
         rotated = u_MM[:, :rank].T @ update @ v_NN[:rank].T
-        assert np.all(np.diag(rotated) < -0.6 * unit)
-        assert np.abs(rotated - np.diag(np.diag(rotated))).max() < 1e-3 * unit
+        assert np.all(np.diag(rotated) < -0.68 * unit)
+        assert np.abs(rotated - np.diag(np.diag(rotated))).max() < 1e-5 * unit
 
 
 def test_muon_sees_heads_as_one_matrix(one_device):
@@ -267,7 +267,7 @@ def test_muon_sees_heads_as_one_matrix(one_device):
     for update, rows, longest in ((updates.k_DKC, 6, 8), (updates.out_KGCD, 12, 12)):
         values = np.linalg.svd(np.asarray(update).reshape(rows, -1), compute_uv=False)
         unit = 0.2 * longest**0.5
-        assert values.min() > 0.6 * unit and values.max() < 1.25 * unit
+        assert values.min() > 0.68 * unit and values.max() < 1.15 * unit
 
 
 def _run(optimizer, num_steps=5):

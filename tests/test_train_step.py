@@ -227,8 +227,8 @@ def test_clipping_bounds_the_update(one_device, clip_norm):
     moved = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(after.model), before)
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(moved)))
     wanted = min(float(metrics["train/grad_norm"]), clip_norm or np.inf)
-    # Parameters near 1 keep a change of 1e-5 to a per cent of itself: 1e-3 was measured.
-    assert norm == pytest.approx(config.optim.learning_rate * wanted, rel=1e-2)
+    # Parameters near 1 keep a change of 1e-5 to a thousandth of itself: 9.4e-4 was measured.
+    assert norm == pytest.approx(config.optim.learning_rate * wanted, rel=2e-3)
 
 
 def test_same_seed_same_bits_and_other_seed_not(one_device, config):

@@ -447,7 +447,6 @@ def test_rope_scores_depend_on_distance_alone(name):
     at = np.arange(20)
     near = _scores(config, q_C, k_C, at, at)
     far = _scores(config, q_C, k_C, at + 100, at + 100)
-    # Angles near 100 radians carry float32 rounding: 2e-6 of the scale was measured.
     helpers.assert_close(far, near, 1e-5)
     by_distance = near[:, 0]
     assert np.abs(by_distance[1:] - by_distance[:-1]).max() > 0.1
