@@ -108,6 +108,7 @@ def whole(data_dir, tmp_path_factory):
 # --- resuming -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_cut_off_ends_as_the_uninterrupted_one(
     whole, tmp_path, monkeypatch, capsys
 ):
