@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import os
 import pathlib
 import sys
+import traceback
 import typing
 
 from absl import app
@@ -45,7 +46,7 @@ def define_workdir(help_text: str) -> None:
 def required(name: str) -> str:
     """Returns the value of a flag, or raises UserError that says what it is for."""
     flag = flags.FLAGS[name]
-    if not flag.value:
+    if not (flag.value or flag.present):
         raise errors.UserError(f"--{name} is missing: {flag.help}")
     return flag.value
 
@@ -87,11 +88,11 @@ def _take_none_overrides(argv: Sequence[str]) -> list[str]:
     kept = []
     for arg in argv:
         name, equals, value = arg.partition("=")
-        path = name.lstrip("-").removeprefix("config.")
-        if not name.startswith(("--config.", "-config.")):
+        prefix, dot, path = name.lstrip("-").partition(".")
+        # absl turns a Boolean setting off by `--noconfig.x`.
+        if not (name.startswith("-") and dot and prefix in ("config", "noconfig")):
             kept.append(arg)
             continue
-        # `--noprofile` has a counterpart for nested settings that absl spells `--noconfig.x`.
         kind = _field_type(path)
         if equals and value in ("None", "none") and type(None) in typing.get_args(kind):
             _none_overrides[path] = None
@@ -101,28 +102,58 @@ def _take_none_overrides(argv: Sequence[str]) -> list[str]:
     return kept
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
-    for arg in argv:
-        name, _, value = arg.partition("=")
-        if name.lstrip("-") == "config" and value:
-            path = pathlib.Path(value.partition(":")[0])
-            if not path.is_file():
-                siblings = (
-                    [p.stem for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-                )
-                hint = errors.nearest(path.stem, siblings)
-                raise errors.UserError(f"--config: there is no file {path}{hint}")
+def _config_file(argv: Sequence[str]) -> pathlib.Path | None:
+    """Returns the file that `--config=FILE[:arg]` names, or None.
+
+    Raises:
+      errors.UserError: there is no such file; names the nearest one.
+    """
+    for arg, successor in zip(argv, [*argv[1:], ""]):
+        name, equals, value = arg.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        path = pathlib.Path((value if equals else successor).partition(":")[0])
+        if not path.is_file():
+            siblings = [p.stem for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+            hint = errors.nearest(path.stem, siblings)
+            raise errors.UserError(f"--config: there is no file {path}{hint}")
+        return path
+    return None
+
+
+# What a config file raises that names a setting which is not there, or gives it a wrong type.
+_CONFIG_MISTAKES = (AttributeError, KeyError, TypeError, ValueError, NameError, SyntaxError)
+
+
+def _config_mistake(path: pathlib.Path | None, error: Exception) -> errors.UserError | None:
+    """Returns a mistake made in the config file as one line, or None if it came from elsewhere."""
+    if path is None:
+        return None
+    if isinstance(error, SyntaxError):
+        return errors.UserError(f"{path} line {error.lineno}: {error.msg}")
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if pathlib.Path(f.filename).resolve() == path.resolve()]
+    if not lines:
+        return None
+    message = str(error).replace("\\n", " ").strip("'\"")
+    return errors.UserError(f"{path} line {lines[-1]}: {message}")
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+    path = None
     try:
-        _check_config_file(argv)
+        path = _config_file(argv)
         rest = flags.FLAGS(_take_none_overrides(argv))
         if len(rest) > 1:
             raise errors.UserError(f"{rest[1]!r} is not a flag; settings are --config.x.y=value")
         return rest
     except (flags.Error, errors.UserError) as error:
         exit_with(error)
+    except _CONFIG_MISTAKES as error:
+        mistake = _config_mistake(path, error)
+        if mistake is None:
+            raise
+        exit_with(mistake)
 
 
 def exit_with(error: Exception) -> typing.NoReturn:

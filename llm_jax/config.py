@@ -313,7 +313,8 @@ def _check_model(m: ModelConfig) -> None:
     for name in ("attention_softcap", "logit_softcap", "norm_epsilon", "rope_theta"):
         value = getattr(m, name)
         if value is not None:
-            _require(value > 0, f"model.{name}", value, "it must be above 0")
+            holds = math.isfinite(value) and value > 0
+            _require(holds, f"model.{name}", value, "it must be above 0 and finite")
     if m.head_dim is None:
         _require(
             m.embed_dim % m.num_heads == 0,
@@ -385,6 +386,8 @@ def _check_optim(config: RunConfig) -> None:
     _require_fraction("optim", o, "muon_momentum")
     _require_at_least("optim", o, 0, "learning_rate", "weight_decay", "warmup_steps", "epsilon")
     _require_at_least("optim", o, 1, "accumulation_steps")
+    for name in ("b1", "b2"):
+        _require(getattr(o, name) < 1.0, f"optim.{name}", getattr(o, name), "use [0, 1)")
     if o.clip_norm is not None:
         _require(o.clip_norm > 0, "optim.clip_norm", o.clip_norm, "above 0, or None for none")
     _require_at_least("train", t, 1, "num_steps", "log_every")

@@ -26,9 +26,10 @@ def resolve_shape(config: config_lib.MeshConfig, num_devices: int) -> tuple[int,
         shape[shape.index(-1)] = num_devices // known
     if math.prod(shape) != num_devices:
         sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, config.shape))
+        wanted = f"a multiple of {known}" if -1 in config.shape else f"{known}"
         raise errors.UserError(
-            f"config.mesh ({sizes}) takes a multiple of {known} devices and there are"
-            f" {num_devices}; set one axis to -1 to take all that are left"
+            f"config.mesh ({sizes}) takes {wanted} devices and there are {num_devices}; change the"
+            " sizes, or set one axis to -1 to take all that are left"
         )
     return tuple(shape)
 

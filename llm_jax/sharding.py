@@ -94,6 +94,8 @@ def check(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> None:
         ("data.sequence_length", config.data.sequence_length, dict(rules.acts)["T"]),
     ]
     sizes += _model_sizes(config.model, rules)
+    if config.data.sequence_length > config.model.attention_chunk:
+        sizes.append(("model.attention_chunk", config.model.attention_chunk, dict(rules.acts)["T"]))
     _check_divides(sizes, mesh)
     tables = (*dict(rules.acts).values(), *dict(rules.params).values())
     used = {name for axes in tables for name in ((axes,) if isinstance(axes, str) else axes)}

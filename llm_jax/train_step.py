@@ -84,16 +84,21 @@ def gradients(
     if num_micro == 1:
         return gradient(model, batch, key)
 
+    # The sum is float32 whatever the parameters are: many small terms would be lost in bfloat16.
     def accumulate(total, micro):
         return jax.tree.map(jnp.add, total, gradient(model, *micro)), None
+
+    def zero(parameter):
+        return jnp.zeros_like(parameter, jnp.float32)
 
     # [B, ...] -> [B / G, G, ...] -> [G, B / G, ...]: the sharded batch stays where it is.
     micro_batches = jax.tree.map(
         lambda x: x.reshape(-1, num_micro, *x.shape[1:]).swapaxes(0, 1), batch
     )
-    zeros = jax.tree.map(jnp.zeros_like, model), losses.LossSums(*(jnp.zeros(()),) * 3)
-    total, _ = jax.lax.scan(accumulate, zeros, (micro_batches, jax.random.split(key, num_micro)))
-    return total
+    zeros = jax.tree.map(zero, model), losses.LossSums(*(jnp.zeros(()),) * 3)
+    keys = jax.random.split(key, num_micro)
+    (grads, sums), _ = jax.lax.scan(accumulate, zeros, (micro_batches, keys))
+    return jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, model), sums
 
 
 def train_step(

@@ -1,8 +1,8 @@
 """A block, and the stack of them: `jax.vmap` to initialise, `jax.lax.scan` to run, remat between."""
 
-from flax import nnx
 from typing import Any
 
+from flax import nnx
 import jax
 
 from llm_jax import config as config_lib

@@ -5,9 +5,9 @@ import math
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
-import jax.numpy as jnp
 import pytest
 
 from llm_jax import config as config_lib

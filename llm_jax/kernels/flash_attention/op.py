@@ -43,7 +43,9 @@ def attention(
         return chunked.attention(
             q_BTKGC, k_BSKC, v_BSKC, mask=mask, scale=scale, chunk=chunk, **extra
         )
-    raise ValueError(f"attention implementation {implementation!r} is not known")
+    raise ValueError(
+        f"attention implementation {implementation!r} is none of auto, reference, chunked, single_query"
+    )
 
 
 def _check_shapes(q_BTKGC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array) -> None:

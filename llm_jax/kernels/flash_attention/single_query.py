@@ -32,7 +32,5 @@ def attention(
     allowed_BS11 = mask.allowed_BTS(1, num_keys)[:, 0, :, None, None]
     scores_BSKG = jnp.where(allowed_BS11, scores_BSKG, jnp.finfo(jnp.float32).min)
     weights_BSKG = jnp.where(allowed_BS11, jax.nn.softmax(scores_BSKG, axis=1), 0.0)
-    y_BKGC = jnp.sum(
-        weights_BSKG[..., None] * v_BSKC[:, :, :, None, :].astype(jnp.float32), axis=1
-    )
+    y_BKGC = jnp.sum(weights_BSKG[..., None] * v_BSKC[:, :, :, None, :].astype(jnp.float32), axis=1)
     return y_BKGC[:, None].astype(q_BTKGC.dtype)
