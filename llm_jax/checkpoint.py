@@ -28,12 +28,12 @@ from typing import TypeVar
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import llm_jax
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax import trees
 
 if TYPE_CHECKING:  # sampling reads checkpoints and must not import the trainer
     from llm_jax import train_step
@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # sampling reads checkpoints and must not import the trainer
 FORMAT_VERSION = 1
 
 # What Orbax and TensorStore raise on files that are missing, cut short or changed.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError)
+_DAMAGE = (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, EOFError)
 
 _T = TypeVar("_T")
 
@@ -90,74 +90,6 @@ def code_version() -> dict[str, str]:
     return versions
 
 
-# --- trees --------------------------------------------------------------------------------------
-
-
-def _path_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names the entries of a tree path; a variable's own `value` is left out."""
-    names = []
-    for entry in path:
-        name = getattr(entry, "name", getattr(entry, "key", getattr(entry, "idx", None)))
-        names.append(str(name))
-    return tuple(names[:-1] if names[-1] == "value" else names)
-
-
-def to_nested(tree: Any) -> dict[str, Any]:
-    """Returns a tree's arrays as nested dicts by name, which any later version can read."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, last = _path_keys(path)
-        place = nested
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return nested
-
-
-def from_nested(target: Any, nested: Mapping[str, Any]) -> Any:
-    """Returns `target` with its leaves taken from nested dicts made by `to_nested`."""
-
-    def pick(path, _):
-        value = nested
-        for name in _path_keys(path):
-            value = value[name]
-        return value
-
-    return jax.tree_util.tree_map_with_path(pick, target)
-
-
-def _fingerprint(x: jax.Array) -> jax.Array:
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
-    # Each element is hashed together with its place, so that an exchange of two shows as well: a
-    # sum with factors misses it where the values or the places differ by powers of two.
-    index = jnp.zeros((1,) * x.ndim, jnp.uint32)
-    for dim, size in enumerate(x.shape):
-        shape = [1] * x.ndim
-        shape[dim] = size
-        index = index * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
-    return jnp.sum(_mix(words + index * jnp.uint32(2654435761)), dtype=jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """The finaliser of MurmurHash3, one to one on uint32: a changed bit always shows."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-@jax.jit
-def _fingerprints(tree: Any) -> Any:
-    return jax.tree.map(_fingerprint, tree)
-
-
-def fingerprints(nested: Mapping[str, Any]) -> dict[str, int]:
-    """Returns a 32-bit sum over the bits of each array, by path; independent of sharding."""
-    sums = jax.device_get(_fingerprints(nested))
-    flat = jax.tree_util.tree_flatten_with_path(sums)[0]
-    return {"/".join(_path_keys(path)): int(value) for path, value in flat}
-
-
 def _abstract(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Gives each leaf a sharding on real devices; under a mesh, eval_shape knows only its names."""
 
@@ -174,9 +106,9 @@ def _split(state: "train_step.TrainState") -> tuple[dict[str, Any], dict[str, An
     training = {
         "step": state.step,
         "num_skipped": state.num_skipped,
-        "opt_state": to_nested(state.opt_state),
+        "opt_state": trees.to_nested(state.opt_state),
     }
-    return to_nested(state.model), training
+    return trees.to_nested(state.model), training
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -238,7 +170,7 @@ def _read_arrays(step_dir: epath.Path, meta: Meta, targets: dict[str, Any]) -> d
         if not isinstance(cause, _DAMAGE):
             raise
         raise DamagedError(_one_line(cause)) from error
-    for path, value in fingerprints(arrays).items():
+    for path, value in trees.fingerprints(arrays).items():
         if meta.fingerprints.get(path) != value:
             raise DamagedError(f"array {path} is not what was saved (fingerprint differs)")
     return arrays
@@ -256,8 +188,8 @@ def restore_params(step_dir: epath.Path, meta: Meta, model: Any, mesh: jax.shard
     Raises:
       DamagedError: they cannot be read, or are not those that were saved.
     """
-    targets = {"params": to_nested(_abstract(model, mesh))}
-    return from_nested(model, _read_arrays(step_dir, meta, targets)["params"])
+    targets = {"params": trees.to_nested(_abstract(model, mesh))}
+    return trees.from_nested(model, _read_arrays(step_dir, meta, targets)["params"])
 
 
 def read_latest(workdir: str, step: int | None, read: Callable[[epath.Path, Meta], _T]) -> _T:
@@ -350,7 +282,7 @@ class Checkpoints:
             "config": config_lib.to_dict(self._config),
             "tokenizer": self._tokenizer,
             "versions": code_version(),
-            "fingerprints": fingerprints({"params": params, "training": training}),
+            "fingerprints": trees.fingerprints({"params": params, "training": training}),
             "eval_loss": eval_loss,
         }
         meta["checksum"] = _checksum(meta)
@@ -401,8 +333,8 @@ class Checkpoints:
                 state,
                 step=training["step"],
                 num_skipped=training["num_skipped"],
-                model=from_nested(state.model, arrays["params"]),
-                opt_state=from_nested(state.opt_state, training["opt_state"]),
+                model=trees.from_nested(state.model, arrays["params"]),
+                opt_state=trees.from_nested(state.opt_state, training["opt_state"]),
             )
         if damaged:
             raise errors.UserError(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import os
 import pathlib
+import re
 import sys
 import traceback
 import typing
@@ -125,7 +126,7 @@ def _config_file(argv: Sequence[str]) -> pathlib.Path | None:
 _CONFIG_MISTAKES = (AttributeError, KeyError, TypeError, ValueError, NameError, SyntaxError)
 
 
-def _config_mistake(path: pathlib.Path | None, error: Exception) -> errors.UserError | None:
+def _config_mistake(path: pathlib.Path | None, error: BaseException) -> errors.UserError | None:
     """Returns a mistake made in the config file as one line, or None if it came from elsewhere."""
     if path is None:
         return None
@@ -134,9 +135,20 @@ def _config_mistake(path: pathlib.Path | None, error: Exception) -> errors.UserE
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f.lineno for f in frames if pathlib.Path(f.filename).resolve() == path.resolve()]
     if not lines:
-        return None
-    message = str(error).replace("\\n", " ").strip("'\"")
-    return errors.UserError(f"{path} line {lines[-1]}: {message}")
+        # ml_collections and absl wrap some of them, traceback and all.
+        cause = error.__cause__ or error.__context__
+        return None if cause is None else _config_mistake(path, cause)
+    return errors.UserError(f"{path} line {lines[-1]}: {_shortened(str(error))}")
+
+
+def _shortened(message: str) -> str:
+    """Keeps of ml_collections' message on an unknown key the key and the nearest one."""
+    unknown = re.search(r'Key "(\w+)" does not exist', message)
+    if unknown is None:
+        return message
+    nearest = re.search(r'Did you mean "(\w+)"', message)
+    hint = f" (did you mean '{nearest[1]}'?)" if nearest else ""
+    return f"'{unknown[1]}' is not a setting{hint}"
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -147,8 +159,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         if len(rest) > 1:
             raise errors.UserError(f"{rest[1]!r} is not a flag; settings are --config.x.y=value")
         return rest
-    except (flags.Error, errors.UserError) as error:
+    except errors.UserError as error:
         exit_with(error)
+    except flags.Error as error:
+        exit_with(_config_mistake(path, error) or error)
     except _CONFIG_MISTAKES as error:
         mistake = _config_mistake(path, error)
         if mistake is None:

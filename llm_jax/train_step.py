@@ -123,7 +123,9 @@ def train_step(
     loss = sums.cross_entropy / jnp.maximum(sums.weight, 1.0)
     num_skipped = state.num_skipped
     if config.train.on_nonfinite == "skip":
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # The update is looked at as well: a finite gradient can overflow a parameter.
+        are_finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(model)]
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.all(jnp.stack(are_finite))
         keep = functools.partial(jnp.where, is_finite)
         model = jax.tree.map(keep, model, state.model)
         opt_state = jax.tree.map(keep, opt_state, state.opt_state)

@@ -2,29 +2,22 @@
 
 import collections
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import hypothesis
 from hypothesis import strategies as st
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import tokenizers
 
-from llm_jax import checkpoint
 from llm_jax import errors
-from llm_jax import train_step
 from llm_jax.data import tokenizer as tokenizer_lib
-from llm_jax.models import build
 from llm_jax.sampling import decode
 from llm_jax.sampling import generate
 from llm_jax.sampling import load
 from llm_jax.sampling import samplers
 from tests import helpers
+from tests.sampling import spelling
 
 ROOT = pathlib.Path(__file__).parents[2]
 GREEDY = samplers.SamplingParams(temperature=0.0)
@@ -81,45 +74,14 @@ def test_no_more_is_held_back_than_might_begin_a_stop_string(pieces, stops):
 
 # --- a model that spells ------------------------------------------------------------------------
 
-# Each byte has one successor, so greedy text is known: it goes round until something ends it.
-# The characters take 1, 2, 3 and 4 bytes, and no byte comes up twice.
-CIRCLE = "né日🎉x "
-LETTERS = CIRCLE.encode()
-ENDING = "qu"  # after u comes the end of the text
-
-
-def _spelling_config(**changes):
-    sizes = {"num_layers": 1, "embed_dim": 256, "num_heads": 1, "num_kv_heads": 1, "mlp_dim": 1}
-    parts = {"positions": "none", "tie_embeddings": False, "vocab_size": 256, "max_length": 128}
-    return helpers.tiny_model_config(**(sizes | parts | changes))
-
-
-def _spelling_model(config, mesh, rules):
-    """A decoder whose blocks add nothing and whose head looks the last byte's successor up."""
-    successor = dict(zip(LETTERS, LETTERS[1:] + LETTERS[:1]))
-    successor |= {ord("q"): ord("u"), ord("u"): 0, 0: LETTERS[0]}
-    head_DV = np.zeros((256, 256), np.float32)
-    for byte, following in successor.items():
-        head_DV[byte, following] = 1.0
-
-    def value(path, leaf):
-        name = jax.tree_util.keystr(path)
-        array = np.ones(leaf.shape) if "scale" in name else np.zeros(leaf.shape)
-        if "table_VD" in name:
-            array = np.eye(256)
-        if "head_DV" in name:
-            array = head_DV
-        target = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
-        return jax.device_put(array.astype(np.float32), target)
-
-    return jax.tree_util.tree_map_with_path(value, build.abstract_model(config, rules))
-
 
 @pytest.fixture(scope="module")
-def spelling():
+def spelled():
     mesh, rules = helpers.make_mesh(rules="tp")
     with jax.set_mesh(mesh):
-        model = decode.prepare_model(_spelling_model(_spelling_config(), mesh, rules))
+        model = decode.prepare_model(
+            spelling.spelling_model(spelling.spelling_config(), mesh, rules)
+        )
     return load.Loaded(model, tokenizer_lib.load("bytes"), mesh, 0)
 
 
@@ -138,15 +100,15 @@ def _complete(loaded, *texts, max_tokens=24, params=GREEDY, **kwargs):
     return list(generate.generate(loaded, prompts, params, max_tokens=max_tokens, **kwargs))
 
 
-def test_text_is_continued_until_the_tokens_are_used_up(spelling):
-    (one,) = _complete(spelling, "n", max_tokens=24)
-    circle = LETTERS[1:] + LETTERS * 3
+def test_text_is_continued_until_the_tokens_are_used_up(spelled):
+    (one,) = _complete(spelled, "n", max_tokens=24)
+    circle = spelling.LETTERS[1:] + spelling.LETTERS * 3
     assert one.completion == circle[:24].decode()
     assert (one.prompt, one.finish_reason, one.num_tokens) == ("n", "length", 24)
 
 
-def test_the_end_of_the_text_ends_it(spelling):
-    one, other = _complete(spelling, "q", "n", max_tokens=12)
+def test_the_end_of_the_text_ends_it(spelled):
+    one, other = _complete(spelled, "q", "n", max_tokens=12)
     assert (one.completion, one.finish_reason, one.num_tokens) == ("u", "eos", 2)
     assert (other.finish_reason, other.num_tokens) == ("length", 12)
 
@@ -155,32 +117,32 @@ def test_the_end_of_the_text_ends_it(spelling):
     ("stops", "completion"),
     [(["x"], "é日🎉"), (["日🎉"], "é"), (["🎉x ", "x"], "é日🎉"), (["é"], ""), (["", "zzz"], None)],
 )
-def test_a_stop_string_ends_it_and_is_cut_off(spelling, stops, completion):
-    (one,) = _complete(spelling, "n", stops=stops)
+def test_a_stop_string_ends_it_and_is_cut_off(spelled, stops, completion):
+    (one,) = _complete(spelled, "n", stops=stops)
     if completion is None:
         assert one.finish_reason == "length"
     else:
         assert (one.completion, one.finish_reason) == (completion, "stop")
         pieces = []
-        _complete(spelling, "n", stops=stops, on_text=pieces.append)
+        _complete(spelled, "n", stops=stops, on_text=pieces.append)
         assert "".join(pieces) == completion
 
 
-def test_a_stop_string_does_not_look_back_into_the_prompt(spelling):
-    (one,) = _complete(spelling, "né", stops=["né日", "é"], max_tokens=10)
+def test_a_stop_string_does_not_look_back_into_the_prompt(spelled):
+    (one,) = _complete(spelled, "né", stops=["né日", "é"], max_tokens=10)
     assert one.completion.startswith("日🎉x")
 
 
-def test_rows_that_stop_early_leave_the_others_as_they_are(spelling):
+def test_rows_that_stop_early_leave_the_others_as_they_are(spelled):
     texts = ["n", "q", "x", "日"]
-    together = _complete(spelling, *texts, stops=["日"], max_tokens=40)
+    together = _complete(spelled, *texts, stops=["日"], max_tokens=40)
     assert [one.prompt for one in together] == texts
-    assert together == [_complete(spelling, t, stops=["日"], max_tokens=40)[0] for t in texts]
+    assert together == [_complete(spelled, t, stops=["日"], max_tokens=40)[0] for t in texts]
     assert [one.finish_reason for one in together] == ["stop", "eos", "stop", "stop"]
 
 
-def test_an_empty_prompt_begins_a_text(spelling):
-    (one,) = _complete(spelling, "", max_tokens=11)
+def test_an_empty_prompt_begins_a_text(spelled):
+    (one,) = _complete(spelled, "", max_tokens=11)
     assert one.completion == "né日🎉x"
     assert one.prompt == ""
 
@@ -189,20 +151,22 @@ def test_an_empty_prompt_begins_a_text(spelling):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 5, 24])
-def test_streamed_text_is_the_completion(spelling, max_tokens):
+def test_streamed_text_is_the_completion(spelled, max_tokens):
     pieces = []
-    (one,) = _complete(spelling, "n", max_tokens=max_tokens, on_text=pieces.append)
+    (one,) = _complete(spelled, "n", max_tokens=max_tokens, on_text=pieces.append)
     assert "".join(pieces) == one.completion
-    (whole,) = _complete(spelling, "n", max_tokens=max_tokens)
+    (whole,) = _complete(spelled, "n", max_tokens=max_tokens)
     assert whole == one
     # A character comes once its last byte has, not in halves.
     assert all("\ufffd" not in piece for piece in pieces[:-1])
-    assert one.completion == (LETTERS[1:] + LETTERS * 2)[:max_tokens].decode("utf-8", "replace")
+    assert one.completion == (spelling.LETTERS[1:] + spelling.LETTERS * 2)[:max_tokens].decode(
+        "utf-8", "replace"
+    )
 
 
-def test_text_is_streamed_while_it_is_made(spelling):
+def test_text_is_streamed_while_it_is_made(spelled):
     pieces = []
-    _complete(spelling, "n", max_tokens=48, on_text=pieces.append)
+    _complete(spelled, "n", max_tokens=48, on_text=pieces.append)
     assert len(pieces) > 12
 
 
@@ -281,10 +245,10 @@ def test_samples_differ_and_come_again(babbling):
     assert _complete(babbling, "ab", params=params)[0] == first[0]
 
 
-def test_every_token_is_drawn_anew(spelling):
+def test_every_token_is_drawn_anew(spelled):
     # So hot that all bytes are as good as equally likely: a key used twice would draw one twice.
     (one,) = _complete(
-        spelling, "n", params=samplers.SamplingParams(temperature=1e6), max_tokens=100
+        spelled, "n", params=samplers.SamplingParams(temperature=1e6), max_tokens=100
     )
     counts = collections.Counter(one.completion)
     assert one.num_tokens > 20 and counts.most_common(1)[0][1] < 0.7 * one.num_tokens
@@ -335,177 +299,3 @@ def test_streaming_takes_one_completion(babbling):
 def test_a_seed_that_would_be_cut_is_refused(babbling, seed):
     with pytest.raises(errors.UserError, match=f"seed {seed} "):
         list(generate.generate(babbling, [generate.Prompt("a", seed)], GREEDY, max_tokens=1))
-
-
-# --- the command --------------------------------------------------------------------------------
-
-# Forks a child for each command line: real processes, of which only the first imports everything.
-_RUN_COMMANDS = """
-import json, os, sys
-from llm_jax import command
-import llm_jax.sampling.__main__ as sampling
-
-results = []
-for index, argv in enumerate(json.loads(sys.argv[1])):
-    pid = os.fork()
-    if pid == 0:
-        for name, fd in (("out", 1), ("err", 2)):
-            file = os.open(f"{index}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, fd)
-        sys.argv = ["sampling", *argv]
-        command.run(sampling.main, sampling.define_flags)
-    results.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-print(json.dumps(results))
-"""
-
-
-def _child_environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-
-
-def _run_commands(folder, argvs) -> list[tuple[int, str, str]]:
-    """Returns the exit code, stdout and stderr of each command line, run in `folder`."""
-    ran = subprocess.run(
-        [sys.executable, "-c", _RUN_COMMANDS, json.dumps(argvs)],
-        cwd=folder,
-        env=_child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stderr
-    codes = json.loads(ran.stdout.splitlines()[-1])
-    return [
-        (code, (folder / f"{i}.out").read_text(), (folder / f"{i}.err").read_text())
-        for i, code in enumerate(codes)
-    ]
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run's folder whose only checkpoint, of step 7, is the spelling model."""
-    folder = tmp_path_factory.mktemp("run")
-    config = helpers.tiny_run_config(
-        {field: getattr(_spelling_config(), field) for field in _spelling_config().__dict__}
-    )
-    mesh, rules = helpers.make_mesh()
-    with jax.set_mesh(mesh):
-        zero = jnp.zeros((), jnp.int32)
-        state = train_step.TrainState(
-            zero + 7, zero, _spelling_model(config.model, mesh, rules), {"count": zero}
-        )
-        manager = checkpoint.Checkpoints(str(folder), config, {"kind": "bytes"})
-        manager.save(state)
-        manager.close()
-    return folder
-
-
-@pytest.mark.slow
-def test_the_command_writes_completions(workdir, tmp_path):
-    (tmp_path / "prompts.txt").write_text("n\n\nq\n", encoding="utf-8")
-    rows = [{"prompt": "n", "seed": 5}, {"prompt": "日\u2028n"}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    base = [f"--workdir={workdir}", "--temperature=0", "--max_tokens=12"]
-    streamed, many, listed, from_rows = _run_commands(
-        tmp_path,
-        [
-            [*base, "--prompt=n", "--stop=x"],
-            [*base, "--prompt=n", "--num_samples=2"],
-            [*base, "--prompts=prompts.txt", "--output=new/samples.jsonl", "--seed=3"],
-            [*base, "--prompts=prompts.jsonl", "--output=rows.jsonl", "--step=7"],
-        ],
-    )
-    assert streamed[:2] == (0, "né日🎉\n")
-    assert many[0] == 0
-    assert many[1].splitlines() == [
-        "--- 'n', sample 0",
-        "né日🎉x n",
-        "--- 'n', sample 1",
-        "né日🎉x n",
-    ]
-    assert (listed[0], from_rows[0]) == (0, 0), listed[2] + from_rows[2]
-    written = (tmp_path / "new/samples.jsonl").read_text(encoding="utf-8").strip().split("\n")
-    common = {"step": 7, "seed": 3, "sample": 0}
-    circle = (LETTERS[1:] + LETTERS)[:12].decode("utf-8", "replace")
-    assert [json.loads(line) for line in written] == [
-        common | {"prompt": "n", "completion": circle, "finish_reason": "length", "num_tokens": 12},
-        common | {"prompt": "q", "completion": "u", "finish_reason": "eos", "num_tokens": 2},
-    ]
-    again = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").strip().split("\n")
-    assert [(json.loads(x)["prompt"], json.loads(x)["seed"]) for x in again] == [
-        ("n", 5),
-        ("日\u2028n", 0),
-    ]
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-@pytest.mark.slow
-def test_errors_are_one_line_with_exit_code_two(workdir, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    (tmp_path / "no_field.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "bad_seed.jsonl").write_text('{"prompt": "a", "seed": "x"}\n')
-    (tmp_path / "empty.txt").write_text("\n\n")
-    run = f"--workdir={workdir}"
-    cases = {
-        "either --prompt=TEXT or --prompts=FILE": [
-            [run],
-            [run, "--prompt=a", "--prompts=bad.jsonl"],
-        ],
-        "--workdir is missing": [["--prompt=a"]],
-        "no checkpoints": [["--workdir=nowhere", "--prompt=a"]],
-        "--step=9": [[run, "--step=9", "--prompt=a"]],
-        "bad.jsonl line 2 is not JSON": [[run, "--prompts=bad.jsonl"]],
-        "line 1 has no text in field 'prompt'": [[run, "--prompts=no_field.jsonl"]],
-        "seed 'x'": [[run, "--prompts=bad_seed.jsonl"]],
-        "no prompt in it": [[run, "--prompts=empty.txt"]],
-        "--prompts=none.txt cannot be read": [[run, "--prompts=none.txt"]],
-        "--top_p=0.0": [[run, "--prompt=a", "--top_p=0"]],
-        "Unknown command line flag": [[run, "--prompt=a", "--top=3"]],
-        "more than the model's max_length": [
-            [run, "--prompt=a", "--max_tokens=200"],
-            [run, "--prompt=a", "--max_tokens=200", "--output=out.jsonl"],
-        ],
-        "must be at least 1": [[run, "--prompt=a", "--num_samples=0"]],
-    }
-    flat = [(message, argv) for message, argvs in cases.items() for argv in argvs]
-    results = _run_commands(tmp_path, [argv for _, argv in flat])
-    for (message, argv), (code, out, err) in zip(flat, results, strict=True):
-        assert code == 2, (argv, err)
-        last = err.rstrip("\n").split("\n")[-1]
-        assert last.startswith("error: ") and message in last, (argv, err)
-        assert "Traceback" not in err
-        assert len(err.splitlines()) == 1, (argv, err)
-        assert out == "", argv
-    assert not list(tmp_path.rglob("out.jsonl*"))  # nothing half made is left behind
-
-
-def test_sampling_imports_no_part_of_the_trainer():
-    code = """
-import importlib, json, pkgutil, sys
-import llm_jax.sampling
-names = [m.name for m in pkgutil.iter_modules(llm_jax.sampling.__path__, "llm_jax.sampling.")]
-for name in names:
-    importlib.import_module(name)
-print(json.dumps([names, sorted(sys.modules)]))
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        env=_child_environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    names, modules = json.loads(ran.stdout)
-    assert {"llm_jax.sampling.__main__", "llm_jax.sampling.generate"} <= set(names)
-    forbidden = {
-        "llm_jax.train",
-        "llm_jax.train_step",
-        "llm_jax.optim",
-        "llm_jax.evaluate",
-        "llm_jax.data.pipeline",
-        "llm_jax.data.prepare",
-        "tensorflow",
-    }
-    assert forbidden.isdisjoint(modules)
