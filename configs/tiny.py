@@ -3,6 +3,7 @@
     python -m llm_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
 Slice: none, any CPU.
+Expected: TINY_RESULT
 """
 
 from llm_jax import config as config_lib

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +102,18 @@ def _next_logits(
 
 
 def _choose(
-    logits_BV: jax.Array, state: Any, params: samplers.SamplingParams, eos_id: int, pad_id: int
+    logits_BV: jax.Array,
+    state: DecodeState,
+    params: samplers.SamplingParams,
+    eos_id: int,
+    pad_id: int,
+    num_ids: int | None,
 ) -> DecodeState:
     keys_B = jax.vmap(lambda key: jax.random.fold_in(key, state.num_generated))(state.keys_B)
+    if num_ids is not None:
+        # A vocabulary that was rounded up has ids which stand for no text.
+        is_id_V = jnp.arange(logits_BV.shape[1]) < num_ids
+        logits_BV = jnp.where(is_id_V, logits_BV, jnp.finfo(jnp.float32).min)
     chosen_B = samplers.choose(logits_BV, state.is_seen_BV, params, keys_B)
     chosen_B = jnp.where(state.is_done_B, pad_id, chosen_B)
     is_seen_BV = state.is_seen_BV
@@ -120,7 +128,7 @@ def _choose(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("params", "eos_id", "pad_id", "num_slots"))
+@functools.partial(jax.jit, static_argnames=("params", "eos_id", "pad_id", "num_ids", "num_slots"))
 def prefill(
     model: CachedModel,
     tokens_BT: jax.Array,
@@ -131,6 +139,7 @@ def prefill(
     eos_id: int,
     pad_id: int,
     num_slots: int,
+    num_ids: int | None = None,
 ) -> DecodeState:
     """Reads the prompts and chooses the first token of each row.
 
@@ -141,6 +150,7 @@ def prefill(
       keys_B: of each row.
       params, eos_id, pad_id: how to choose, and which token ends a row.
       num_slots: S of the cache, for prompts and what is generated.
+      num_ids: ids that may be chosen, those below; None: all of the vocabulary.
     """
     batch_size, length = tokens_BT.shape
     vocab_size = model.config.vocab_size
@@ -163,12 +173,12 @@ def prefill(
         is_done_B=jnp.zeros_like(starts_B, bool),
         is_seen_BV=is_seen_BV,
     )
-    return _choose(logits_BV, state, params, eos_id, pad_id)
+    return _choose(logits_BV, state, params, eos_id, pad_id, num_ids)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("params", "eos_id", "pad_id", "num_tokens"),
+    static_argnames=("params", "eos_id", "pad_id", "num_ids", "num_tokens"),
     donate_argnames=("state",),
 )
 def decode(
@@ -179,6 +189,7 @@ def decode(
     eos_id: int,
     pad_id: int,
     num_tokens: int,
+    num_ids: int | None = None,
 ) -> tuple[DecodeState, jax.Array]:
     """Generates up to `num_tokens` more tokens in one device loop; ends early when all rows have.
 
@@ -197,7 +208,7 @@ def decode(
             model, state.last_B[:, None], state.starts_B, state.slot, state.cache
         )
         state = dataclasses.replace(state, cache=cache, slot=state.slot + 1)
-        state = _choose(logits_BV, state, params, eos_id, pad_id)
+        state = _choose(logits_BV, state, params, eos_id, pad_id, num_ids)
         tokens_NB = jax.lax.dynamic_update_slice_in_dim(tokens_NB, state.last_B[None], index, 0)
         return index + 1, state, tokens_NB
 

@@ -252,7 +252,11 @@ def _run(
 ) -> None:
     """Generates for a batch of rows until each has ended."""
     tokenizer, model = loaded.tokenizer, loaded.model
-    ids = {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    ids = {
+        "eos_id": tokenizer.eos_id,
+        "pad_id": tokenizer.pad_id,
+        "num_ids": tokenizer.vocab_size,
+    }
     tokens_BT, starts_B, keys_B = _inputs(loaded, rows)
     num_slots = tokens_BT.shape[1] + _bucket(max_tokens)
     state = decode.prefill(

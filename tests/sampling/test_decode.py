@@ -175,6 +175,23 @@ def test_a_repetition_penalty_counts_prompt_and_generated_text_but_not_padding(t
 # --- rows among others --------------------------------------------------------------------------
 
 
+def test_ids_without_text_are_never_chosen(tiny):
+    """A vocabulary rounded up for the hardware has more ids than its tokenizer has tokens."""
+    _, model = tiny
+    tokens_BT, starts_B = _left_padded(model, [[1, 2, 3], [4]], PADDED, 0)
+    keys_B = jax.device_put(jax.random.split(jax.random.key(0), 2), model.rules.act("B"))
+    hot = samplers.SamplingParams(temperature=100.0)
+    chosen = {}
+    for num_ids in (None, 5):
+        how = {"params": hot, "eos_id": NO_EOS, "pad_id": 0, "num_ids": num_ids}
+        state = decode.prefill(model, tokens_BT, starts_B, keys_B, num_slots=SLOTS, **how)
+        first = np.asarray(state.last_B)
+        _, rest = decode.decode(model, state, num_tokens=12, **how)
+        chosen[num_ids] = np.concatenate([first, np.asarray(rest).ravel()])
+    assert chosen[None].max() >= 5
+    assert chosen[5].max() < 5
+
+
 def test_eos_ends_a_row_and_the_others_go_on(tiny):
     _, ready = tiny
     _, prompts = _prompts(helpers.TINY)
