@@ -3,7 +3,7 @@
     python -m llm_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
 Slice: none, any CPU.
-Expected: TINY_RESULT
+Expected: validation below 5 nats a token (of 4,096), under 1.9 bits a byte, in some minutes.
 """
 
 from llm_jax import config as config_lib

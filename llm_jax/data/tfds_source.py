@@ -14,7 +14,8 @@ tf = host_tensorflow.load()
 
 import tensorflow_datasets as tfds  # noqa: E402 (TensorFlow must have been told of devices first)
 
-# Registers our builder with TFDS.
+# Imported for what it does: it registers our builder with TFDS.
+import llm_jax.data.builders.state_of_the_union.state_of_the_union_dataset_builder  # noqa: E402, F401
 
 TEXT_FEATURE = "text"
 
