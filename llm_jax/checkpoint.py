@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # sampling reads checkpoints and must not import the trainer
     from llm_jax import train_step
 
 FORMAT_VERSION = 1
+BEST = "best"  # as a step: the one with the lowest evaluation loss
 
 # What Orbax and TensorStore raise on files that are missing, cut short or changed.
 _DAMAGE = (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, EOFError)
@@ -192,8 +193,45 @@ def restore_params(step_dir: epath.Path, meta: Meta, model: Any, mesh: jax.shard
     return trees.from_nested(model, _read_arrays(step_dir, meta, targets)["params"])
 
 
-def read_latest(workdir: str, step: int | None, read: Callable[[epath.Path, Meta], _T]) -> _T:
-    """Returns `read(folder, meta)` of a step, or of the latest one that is whole.
+def parse_step(text: str | None) -> int | str | None:
+    """Returns what a `--step` flag asks for: a number, `best`, or None for the latest.
+
+    Raises:
+      errors.UserError: it is none of these.
+    """
+    if text is None or text == BEST:
+        return text
+    if not (text.isascii() and text.isdigit()):
+        raise errors.UserError(f"--step={text} is no step: use a number, or {BEST}")
+    return int(text)
+
+
+def _by_eval_loss(checkpoint_dir: epath.Path, known: list[int]) -> list[int]:
+    """Returns the steps that were evaluated when they were saved, the best first."""
+    losses = {}
+    for step in known:
+        try:
+            loss = read_meta(checkpoint_dir / str(step)).eval_loss
+        except DamagedError as error:
+            _LOG.warning("checkpoint %s is damaged and left out: %s", step, error)
+            continue
+        if loss is not None and math.isfinite(loss):
+            losses[step] = loss
+    if not losses:
+        raise errors.UserError(
+            f"--step={BEST}: no checkpoint under {checkpoint_dir} was saved at a step that was"
+            " evaluated (train.eval_every); name one of its steps"
+        )
+    return sorted(losses, key=losses.__getitem__)
+
+
+def read_latest(workdir: str, step: int | str | None, read: Callable[[epath.Path, Meta], _T]) -> _T:
+    """Returns `read(folder, meta)` of a step, or of the latest or best one that is whole.
+
+    Args:
+      workdir: of the run.
+      step: from `parse_step`.
+      read: what to do with it; a DamagedError sends it to the next candidate.
 
     Raises:
       errors.UserError: there is no such checkpoint, or it is damaged; says which there are.
@@ -202,9 +240,15 @@ def read_latest(workdir: str, step: int | None, read: Callable[[epath.Path, Meta
     known = steps(checkpoint_dir)
     if not known:
         raise errors.UserError(f"--workdir={workdir} has no checkpoints under {checkpoint_dir}")
-    if step is not None and step not in known:
+    if step == BEST:
+        candidates = _by_eval_loss(checkpoint_dir, known)
+    elif step is None:
+        candidates = known[::-1]
+    elif step in known:
+        candidates = [step]
+    else:
         raise errors.UserError(f"--step={step}: {checkpoint_dir} has steps {known}")
-    for candidate in reversed(known) if step is None else [step]:
+    for candidate in candidates:
         step_dir = checkpoint_dir / str(candidate)
         try:
             return read(step_dir, read_meta(step_dir))

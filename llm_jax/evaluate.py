@@ -83,11 +83,12 @@ def format_scores(scores: dict[str, float]) -> str:
 
 def define_flags() -> None:
     command.define_workdir("Folder of the run to score.")
-    flags.DEFINE_integer("step", None, "Checkpoint to score; the latest if not given.")
+    flags.DEFINE_string("step", None, "Checkpoint: its step, or `best`; the latest if not given.")
 
 
 def main() -> None:
-    scores = checkpoint.read_latest(command.required("workdir"), flags.FLAGS.step, score)
+    step = checkpoint.parse_step(flags.FLAGS.step)
+    scores = checkpoint.read_latest(command.required("workdir"), step, score)
     print(json.dumps(scores))
 
 

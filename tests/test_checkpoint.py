@@ -374,6 +374,28 @@ def test_the_best_is_kept_by_a_run_that_starts_again(tmp_path):
     assert _kept(tmp_path) == [5, 6]
 
 
+def test_the_best_is_found_by_name(tmp_path):
+    _save_all(tmp_path, {1: 3.0, 2: 1.5, 3: 2.0, 4: None, 5: float("nan")}, max_to_keep=5)
+
+    def read(step_dir, meta):
+        return meta.step
+
+    assert checkpoint.read_latest(str(tmp_path), checkpoint.parse_step("best"), read) == 2
+    assert checkpoint.read_latest(str(tmp_path), checkpoint.parse_step(None), read) == 5
+    assert checkpoint.read_latest(str(tmp_path), checkpoint.parse_step("3"), read) == 3
+    # The next best one is taken where the best is damaged.
+    _empty(_largest_file(tmp_path / "checkpoints" / "2" / "meta"))
+    assert checkpoint.read_latest(str(tmp_path), "best", read) == 3
+    with pytest.raises(errors.UserError, match="--step=bets is no step: use a number, or best"):
+        checkpoint.parse_step("bets")
+
+
+def test_the_best_needs_an_evaluation(tmp_path):
+    _save_all(tmp_path, {1: None, 2: None}, max_to_keep=2)
+    with pytest.raises(errors.UserError, match="--step=best: no checkpoint .* was evaluated"):
+        checkpoint.read_latest(str(tmp_path), "best", lambda step_dir, meta: meta.step)
+
+
 def test_only_the_latest_are_kept_without_evaluation(tmp_path):
     _save_all(tmp_path, dict.fromkeys(range(1, 6)), max_to_keep=3)
     assert _kept(tmp_path) == [3, 4, 5]

@@ -13,6 +13,7 @@ import sys
 
 from absl import flags
 
+from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import errors
 from llm_jax.sampling import generate
@@ -23,7 +24,7 @@ from llm_jax.sampling import samplers
 def define_flags() -> None:
     """Defines the flags; their defaults are those of `samplers.SamplingParams`."""
     command.define_workdir("Folder of the run whose checkpoint is loaded.")
-    flags.DEFINE_integer("step", None, "Checkpoint to load; the latest if not given.")
+    flags.DEFINE_string("step", None, "Checkpoint: its step, or `best`; the latest if not given.")
     flags.DEFINE_string("prompt", None, "Text to continue.")
     flags.DEFINE_string("prompts", None, "File of prompts, one a line, or .jsonl.")
     flags.DEFINE_string("output", None, "JSONL file of completions; the terminal if not given.")
@@ -44,7 +45,7 @@ def main() -> None:
     params = samplers.SamplingParams(
         **{f.name: getattr(given, f.name) for f in dataclasses.fields(samplers.SamplingParams)}
     )
-    loaded = load.load(command.required("workdir"), given.step, given.tensor)
+    loaded = load.load(command.required("workdir"), checkpoint.parse_step(given.step), given.tensor)
     is_streaming = given.output is None and len(prompts) * given.num_samples == 1
     completions = generate.generate(
         loaded,

@@ -33,12 +33,12 @@ class Loaded:
     step: int
 
 
-def load(workdir: str, step: int | None = None, tensor: int = 1) -> Loaded:
+def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded:
     """Loads a checkpoint for generation.
 
     Args:
       workdir: of the run.
-      step: which checkpoint; None: the latest that is whole.
+      step: which checkpoint, as `checkpoint.parse_step` gives it; None: the latest that is whole.
       tensor: devices that share one copy of the weights; the others split the batch.
 
     Raises:
