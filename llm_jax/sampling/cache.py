@@ -22,12 +22,6 @@ def make_cache(
     return [attention.LayerCache(zeros(), zeros()) for _ in range(config.num_layers)]
 
 
-def num_bytes(config: config_lib.ModelConfig, batch_size: int, num_slots: int) -> int:
-    """Returns the size of a cache in bytes, over all devices."""
-    elements = batch_size * num_slots * config.kv_heads * config.head_width
-    return 2 * config.num_layers * elements * jnp.dtype(config.dtype).itemsize
-
-
 def row_mask(
     config: config_lib.ModelConfig,
     starts_B: jax.Array,
