@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
+from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.kernels.flash_attention import mask as mask_lib
 from llm_jax.kernels.flash_attention import op
 from llm_jax.models import layers
@@ -17,10 +18,13 @@ from llm_jax.models import positions
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer by slot; the mask's offset is the next slot to be written."""
+    """Keys and values of one layer by slot; the mask's offset is the next slot to be written.
 
-    k_BSKC: jax.Array
-    v_BSKC: jax.Array
+    The layouts are those that `kernels.decode_attention` reads in order.
+    """
+
+    k_BKCS: jax.Array
+    v_BKSC: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -88,24 +92,29 @@ class Attention(nnx.Module):
         # Queries stay sharded along the sequence; each device gathers all keys and values.
         k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
         v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
+        offset = context.mask.offset
         if cache is not None:
-            offset = context.mask.offset
             cache = LayerCache(
-                _write(cache.k_BSKC, k_BSKC, offset), _write(cache.v_BSKC, v_BSKC, offset)
+                _write(cache.k_BKCS, jnp.transpose(k_BSKC, (0, 2, 3, 1)), offset, axis=3),
+                _write(cache.v_BKSC, jnp.swapaxes(v_BSKC, 1, 2), offset, axis=2),
             )
-            if not isinstance(offset, int):
-                k_BSKC, v_BSKC = cache
-        y_BTKGC = op.attention(
-            q_BTKGC,
-            k_BSKC,
-            v_BSKC,
-            mask=context.mask,
-            scale=self.config.head_width**-0.5,
-            implementation=self.config.attention,
-            chunk=self.config.attention_chunk,
-            softcap=self.config.attention_softcap,
-            alibi_slopes_KG=context.alibi_slopes_KG,
-        )
+        scores = {
+            "mask": context.mask,
+            "scale": self.config.head_width**-0.5,
+            "softcap": self.config.attention_softcap,
+            "alibi_slopes_KG": context.alibi_slopes_KG,
+        }
+        if cache is None or isinstance(offset, int):
+            y_BTKGC = op.attention(
+                q_BTKGC,
+                k_BSKC,
+                v_BSKC,
+                implementation=self.config.attention,
+                chunk=self.config.attention_chunk,
+                **scores,
+            )
+        else:
+            y_BTKGC = decode_op.attention(q_BTKGC, cache.k_BKCS, cache.v_BKSC, **scores)
         y_BTKGC = ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
         y_BTD = layers.project(
             "BTKGC,KGCD->BTD", y_BTKGC, self.out_KGCD, self.out_bias_D, self.rules.act("BTD")
@@ -129,6 +138,5 @@ class Attention(nnx.Module):
         return q_BTKGC, k_BTKC, v_BTKC
 
 
-def _write(cache_BSKC: jax.Array, new_BSKC: jax.Array, slot: jax.Array | int) -> jax.Array:
-    new_BSKC = new_BSKC.astype(cache_BSKC.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache_BSKC, new_BSKC, slot, axis=1)
+def _write(cache: jax.Array, new: jax.Array, slot: jax.Array | int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), slot, axis=axis)

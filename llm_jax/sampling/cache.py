@@ -13,13 +13,14 @@ from llm_jax.models import stack
 def make_cache(
     config: config_lib.ModelConfig, rules: sharding.AxisRules, batch_size: int, num_slots: int
 ) -> stack.Cache:
-    """Returns an empty cache, k and v [B, S, K, C] for each layer, in the compute dtype."""
-    shape = (batch_size, num_slots, config.kv_heads, config.head_width)
+    """Returns an empty cache, k [B, K, C, S] and v [B, K, S, C] a layer, in the compute dtype."""
+    sizes = {"B": batch_size, "K": config.kv_heads, "C": config.head_width, "S": num_slots}
 
-    def zeros() -> jax.Array:
-        return jnp.zeros(shape, config.dtype, out_sharding=rules.act("BSKC"))
+    def zeros(letters: str) -> jax.Array:
+        shape = tuple(sizes[letter] for letter in letters)
+        return jnp.zeros(shape, config.dtype, out_sharding=rules.act(letters))
 
-    return [attention.LayerCache(zeros(), zeros()) for _ in range(config.num_layers)]
+    return [attention.LayerCache(zeros("BKCS"), zeros("BKSC")) for _ in range(config.num_layers)]
 
 
 def row_mask(

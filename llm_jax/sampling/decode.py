@@ -90,7 +90,7 @@ def _next_logits(
     """Runs tokens at slots from `slot` on; returns the logits after the last, [B, V] float32."""
     num_queries = tokens_BT.shape[1]
     is_prefill = isinstance(slot, int)
-    num_slots = num_queries if is_prefill else cache[0].k_BSKC.shape[1]
+    num_slots = num_queries if is_prefill else cache[0].k_BKCS.shape[-1]
     mask, positions_BT = cache_lib.row_mask(model.config, starts_B, num_queries, num_slots, slot)
     context = attention.make_context(model.config, positions_BT, mask)
     x_BTD = model.decoder.embed(tokens_BT, positions_BT)

@@ -133,7 +133,7 @@ def test_bfloat16_generation_is_the_bfloat16_model(one_device):
     text, _ = _prompts(config)
     ready = decode.prepare_model(model)
     cache = cache_lib.make_cache(ready.config, rules, 3, SLOTS)
-    assert cache[0].k_BSKC.dtype == jnp.bfloat16
+    assert cache[0].k_BKCS.dtype == jnp.bfloat16
     tokens_BT, starts_B = _left_padded(ready, text, TEXT_LENGTH, 0)
     logits_BV, _ = jax.jit(lambda m, t, s, c: decode._next_logits(m, t, s, 0, c))(
         ready, tokens_BT, starts_B, cache
@@ -239,7 +239,7 @@ def test_the_old_state_is_given_up(tiny):
     old = _prefill(ready, prompts)
     new, _ = decode.decode(ready, old, params=GREEDY, eos_id=NO_EOS, pad_id=0, num_tokens=2)
     for layer in old.cache:
-        assert layer.k_BSKC.is_deleted() and layer.v_BSKC.is_deleted()
+        assert layer.k_BKCS.is_deleted() and layer.v_BKSC.is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 

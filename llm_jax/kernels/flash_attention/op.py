@@ -5,7 +5,6 @@ import jax
 from llm_jax.kernels.flash_attention import chunked
 from llm_jax.kernels.flash_attention import mask as mask_lib
 from llm_jax.kernels.flash_attention import reference
-from llm_jax.kernels.flash_attention import single_query
 
 
 def attention(
@@ -22,29 +21,25 @@ def attention(
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
-    `auto` takes `single_query` for one query, `chunked` for more queries than one chunk holds (the
-    scores would weigh more than the rest of the layer), and `reference` between.
+    `auto` takes `chunked` for more queries than one chunk holds (the scores would weigh more than
+    the rest of the layer), and `reference` below.
 
     Raises:
       ValueError: shapes that do not fit each other, or an unknown implementation.
     """
     _check_shapes(q_BTKGC, k_BSKC, v_BSKC)
     num_queries = q_BTKGC.shape[1]
-    if implementation == "auto" and num_queries == 1:
-        implementation = "single_query"
-    elif implementation == "auto":
+    if implementation == "auto":
         implementation = "chunked" if num_queries > chunk else "reference"
     extra = {"softcap": softcap, "alibi_slopes_KG": alibi_slopes_KG}
     if implementation == "reference":
         return reference.attention(q_BTKGC, k_BSKC, v_BSKC, mask=mask, scale=scale, **extra)
-    if implementation == "single_query":
-        return single_query.attention(q_BTKGC, k_BSKC, v_BSKC, mask=mask, scale=scale, **extra)
     if implementation == "chunked":
         return chunked.attention(
             q_BTKGC, k_BSKC, v_BSKC, mask=mask, scale=scale, chunk=chunk, **extra
         )
     raise ValueError(
-        f"attention implementation {implementation!r} is none of auto, reference, chunked, single_query"
+        f"attention implementation {implementation!r} is none of auto, reference, chunked"
     )
 
 

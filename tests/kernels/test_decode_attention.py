@@ -1,27 +1,33 @@
-"""Attention of one query equals the reference, whatever it may see."""
+"""Attention to a cache equals the reference, whatever its queries may see."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.kernels.decode_attention import op
 from llm_jax.kernels.flash_attention import mask as mask_lib
 from llm_jax.kernels.flash_attention import reference
-from llm_jax.kernels.flash_attention import single_query
 
 B, S, K, G, C = 3, 11, 2, 3, 4
 SEGMENTS_BS = jnp.asarray(np.arange(S)[None, :] >= np.asarray([0, 4, S])[:, None], jnp.int32)
 
 
-def _inputs(dtype):
+def _inputs(dtype, num_queries=1):
     keys = jax.random.split(jax.random.key(0), 3)
-    q_BTKGC = jax.random.normal(keys[0], (B, 1, K, G, C), dtype)
+    q_BTKGC = jax.random.normal(keys[0], (B, num_queries, K, G, C), dtype)
     k_BSKC = jax.random.normal(keys[1], (B, S, K, C), dtype)
     return q_BTKGC, k_BSKC, jax.random.normal(keys[2], (B, S, K, C), dtype)
 
 
+def _attend(q_BTKGC, k_BSKC, v_BSKC, **how):
+    k_BKCS, v_BKSC = jnp.transpose(k_BSKC, (0, 2, 3, 1)), jnp.swapaxes(v_BSKC, 1, 2)
+    return op.attention(q_BTKGC, k_BKCS, v_BKSC, **how)
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("offset", [0, 6, S - 1])
+@pytest.mark.parametrize("offset", [0, 6, S - 3])
 @pytest.mark.parametrize(
     "mask, score",
     [
@@ -29,16 +35,20 @@ def _inputs(dtype):
         ({"window": 3}, {"softcap": 0.7}),
         ({"is_causal": False}, {}),
         ({}, {"alibi_slopes_KG": jnp.linspace(0.1, 1.0, K * G).reshape(K, G)}),
-        ({"q_segments_BT": jnp.ones((B, 1), jnp.int32), "k_segments_BS": SEGMENTS_BS}, {}),
+        ({"k_segments_BS": SEGMENTS_BS}, {}),
     ],
     ids=["causal", "window_softcap", "full", "alibi", "segments"],
 )
-def test_one_query_equals_the_reference(mask, score, offset, dtype, tolerance):
+def test_attention_to_a_cache_equals_the_reference(
+    mask, score, offset, dtype, tolerance, num_queries
+):
+    if "k_segments_BS" in mask:
+        mask = mask | {"q_segments_BT": jnp.ones((B, num_queries), jnp.int32)}
     mask = mask_lib.AttentionMask(offset=offset, **mask)
-    q_BTKGC, k_BSKC, v_BSKC = _inputs(dtype)
+    inputs = _inputs(dtype, num_queries)
     how = {"mask": mask, "scale": 0.5} | score
-    wanted = np.asarray(reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how), np.float32)
-    actual = np.asarray(single_query.attention(q_BTKGC, k_BSKC, v_BSKC, **how), np.float32)
+    wanted = np.asarray(reference.attention(*inputs, **how), np.float32)
+    actual = np.asarray(_attend(*inputs, **how), np.float32)
     np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -47,6 +57,12 @@ def test_a_query_that_sees_nothing_gets_zeros():
     mask = mask_lib.AttentionMask(
         q_segments_BT=jnp.ones((B, 1), jnp.int32), k_segments_BS=SEGMENTS_BS, offset=S - 1
     )
-    y_BTKGC = single_query.attention(*_inputs("float32"), mask=mask, scale=0.5)
+    y_BTKGC = _attend(*_inputs("float32"), mask=mask, scale=0.5)
     assert np.all(np.asarray(y_BTKGC[2]) == 0.0)
     assert np.all(np.any(np.asarray(y_BTKGC[:2]) != 0.0, axis=-1))
+
+
+def test_a_cache_in_the_layout_of_activations_is_refused():
+    q_BTKGC, k_BSKC, v_BSKC = _inputs("float32")
+    with pytest.raises(ValueError, match=r"k \[B,K,C,S\] = \(3, 11, 2, 4\)"):
+        op.attention(q_BTKGC, k_BSKC, v_BSKC, mask=mask_lib.AttentionMask(), scale=1.0)

@@ -1,0 +1,1 @@
+"""Attention of a few new queries to a cache of keys and values."""
