@@ -1,13 +1,16 @@
-"""What the platform is fast at: the compute dtype and, on a CPU, the compiler's flags.
+"""What the platform is fast at: the compute dtype and, on a CPU, compiler flags and the allocator.
 
 XLA's CPU backend is several times slower than oneDNN at training, and emulates bfloat16, unless told
 to call oneDNN. An XLA that does not know a flag aborts the process, so flags are set by version.
 """
 
+import ctypes
+import glob
 import importlib.metadata
 import logging
 import os
 import pathlib
+import platform
 
 import jax
 
@@ -18,6 +21,16 @@ _ONEDNN_FLAGS = {
     "--xla_cpu_experimental_ynn_fusion_type": "",
 }
 _FIRST_ONEDNN_JAXLIB = (0, 11)
+
+# What accelerators look like to Linux: TPUs of either driver, NVIDIA and AMD GPUs.
+_ACCELERATOR_DEVICES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
+
+# Of malloc.h: parameter, value. One arena, no blocks outside it, nothing given back.
+_MALLOC_SETTINGS = {
+    "M_ARENA_MAX": (-8, 1),
+    "M_MMAP_MAX": (-4, 0),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+}
 
 
 def _jaxlib_version() -> tuple[int, ...]:
@@ -44,6 +57,33 @@ def set_flags() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     missing = [f"{name}={value}" for name, value in _ONEDNN_FLAGS.items() if name not in given]
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [given, *missing]))
+
+
+def _may_have_accelerator() -> bool:
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms != "cpu"
+    return any(glob.glob(pattern) for pattern in _ACCELERATOR_DEVICES)
+
+
+def keep_freed_memory() -> bool:
+    """Makes the process keep the memory it frees; returns whether it does.
+
+    On a CPU each step's temporary buffers are malloc's, and glibc gives large ones back to the system
+    when the step ends: the next one pays for every page anew, up to a fifth of its time. Threads take
+    their arena when they first allocate, so this must come before JAX starts any. It is not for
+    generation, whose many small calls of oneDNN wait for each other in a single arena. Where there
+    may be an accelerator nothing is changed (arrays live there, and input pipelines want many
+    arenas), nor where the C library is not glibc.
+    """
+    if _may_have_accelerator() or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    results = {name: libc.mallopt(*setting) for name, setting in _MALLOC_SETTINGS.items()}
+    refused = [name for name, is_set in results.items() if not is_set]
+    if refused:
+        _LOG.warning("malloc refuses %s; steps may be slower", ", ".join(refused))
+    return not refused
 
 
 def compute_dtype() -> str:
