@@ -25,12 +25,8 @@ _FIRST_ONEDNN_JAXLIB = (0, 11)
 # What accelerators look like to Linux: TPUs of either driver, NVIDIA and AMD GPUs.
 _ACCELERATOR_DEVICES = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd")
 
-# Of malloc.h: parameter, value. One arena, no blocks outside it, nothing given back.
-_MALLOC_SETTINGS = {
-    "M_ARENA_MAX": (-8, 1),
-    "M_MMAP_MAX": (-4, 0),
-    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
-}
+# Of malloc.h: parameter, value. No block outside the heap, nothing given back.
+_MALLOC_SETTINGS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 
 
 def _jaxlib_version() -> tuple[int, ...]:
@@ -67,22 +63,21 @@ def _may_have_accelerator() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Makes the process keep the memory it frees; returns whether it does.
+    """Makes a process on a CPU keep the memory that its steps free; returns whether it does.
 
-    On a CPU each step's temporary buffers are malloc's, and glibc gives large ones back to the system
-    when the step ends: the next one pays for every page anew, up to a fifth of its time. Threads take
-    their arena when they first allocate, so this must come before JAX starts any. It is not for
-    generation, whose many small calls of oneDNN wait for each other in a single arena. Where there
-    may be an accelerator nothing is changed (arrays live there, and input pipelines want many
-    arenas), nor where the C library is not glibc.
+    There each step's temporary buffers are malloc's, and glibc gives large ones back to the system
+    when the step ends: the next one pays for every page anew, up to a fifth of its time. Only the
+    main thread's heap can keep them, so programs are run by the thread that calls them: call this
+    before JAX touches a device. Where there may be an accelerator nothing is changed, nor where the
+    C library is not glibc.
     """
     if _may_have_accelerator() or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    results = {name: libc.mallopt(*setting) for name, setting in _MALLOC_SETTINGS.items()}
-    refused = [name for name, is_set in results.items() if not is_set]
+    refused = [name for name, setting in _MALLOC_SETTINGS.items() if not libc.mallopt(*setting)]
     if refused:
         _LOG.warning("malloc refuses %s; steps may be slower", ", ".join(refused))
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     return not refused
 
 

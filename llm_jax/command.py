@@ -177,20 +177,14 @@ def exit_with(error: Exception) -> typing.NoReturn:
     sys.exit(USAGE_ERROR)
 
 
-def run(
-    main: Callable[[], int | None], define_flags: Callable[[], None], *, is_training: bool = False
-) -> None:
-    """Parses the flags and runs `main`. A UserError ends the process with one line and code 2.
-
-    `is_training` says that steps with large buffers follow, see `backend.keep_freed_memory`.
-    """
+def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`. A UserError ends the process with one line and code 2."""
     define_flags()
     # Third-party start-up chatter (TensorFlow's CPU feature notes, gRPC's fork warnings).
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     backend.set_flags()
-    if is_training:
-        backend.keep_freed_memory()
+    backend.keep_freed_memory()
 
     def guarded(argv: list[str]) -> None:
         del argv

@@ -283,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, define_flags, is_training=True)
+    command.run(main, define_flags)

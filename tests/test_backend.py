@@ -1,5 +1,6 @@
 """The allocator's settings; flags and dtypes are seen through the commands' own tests."""
 
+import os
 import subprocess
 import sys
 
@@ -9,27 +10,29 @@ from llm_jax import backend
 
 _FAULTS_OF_A_SECOND_STEP = """
 import resource
-import numpy as np
 from llm_jax import backend
-
-def step():
-    # As a step does: large buffers, all freed at its end.
-    buffers = [np.ones(size, np.float32) for size in (40_000_000, 10_000_000, 300_000)]
-    return len(buffers)
-
 print(backend.keep_freed_memory() if KEEP else "as it comes")
-step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step()
+import jax
+import jax.numpy as jnp
+
+@jax.jit
+def step(x):
+    return x[:-1] + jax.lax.sort(jnp.sin(x))[1:]  # temporaries of 16 MB
+
+x = jnp.ones(4_000_000)
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(step(x))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def _run(is_kept: bool, platforms: str) -> tuple[str, int]:
+def _run(is_kept: bool) -> tuple[str, int]:
     code = _FAULTS_OF_A_SECOND_STEP.replace("KEEP", str(is_kept))
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"JAX_PLATFORMS": platforms, "PATH": ""},
+        # One device, as users have: several run their programs on threads of their own.
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "GLIBC_TUNABLES": ""},
         capture_output=True,
         text=True,
         check=True,
@@ -40,15 +43,14 @@ def _run(is_kept: bool, platforms: str) -> tuple[str, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_the_second_step_pays_for_no_page_again():
-    answer, num_faults = _run(True, "cpu")
-    assert answer == "True" and num_faults < 10
-    # 200 MB, in large pages where the system has them: the measure measures something.
-    assert _run(False, "cpu")[1] > 50
+    answer, num_faults = _run(True)
+    assert answer == "True" and num_faults < 100
+    assert _run(False)[1] > 1000  # the measure measures something
 
 
-def test_where_there_may_be_an_accelerator_the_allocator_stays_as_it_is():
-    answer, num_faults = _run(True, "tpu,cpu")
-    assert answer == "False" and num_faults > 50
+def test_where_there_may_be_an_accelerator_the_allocator_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    assert not backend.keep_freed_memory()
 
 
 def test_devices_speak_where_no_platform_is_named(monkeypatch, tmp_path):

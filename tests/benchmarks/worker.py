@@ -15,8 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from llm_jax import backend  # noqa: E402
 
 backend.set_flags()
-if "--case=train" in " ".join(sys.argv):
-    backend.keep_freed_memory()  # as the training command does
+backend.keep_freed_memory()
 
 from absl import app  # noqa: E402
 from absl import flags  # noqa: E402
