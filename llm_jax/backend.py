@@ -102,9 +102,13 @@ def describe() -> str:
     """Returns one line on the devices, for the log."""
     devices = jax.devices()
     flags = os.environ.get("XLA_FLAGS", "")
+    is_cpu = jax.default_backend() == "cpu"
+    keeps = is_cpu and not jax.config.read("jax_cpu_enable_async_dispatch")
     return (
         f"{len(devices)} x {devices[0].device_kind} on {jax.process_count()} host(s),"
-        f" compute in {compute_dtype()} unless set" + (f", XLA_FLAGS: {flags}" if flags else "")
+        f" compute in {compute_dtype()} unless set"
+        + (", freed memory is kept, programs run on the calling thread" if keeps else "")
+        + (f", XLA_FLAGS: {flags}" if flags else "")
     )
 
 
