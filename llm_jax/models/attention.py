@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.kernels.decode_attention import op as decode_op
-from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import op
 from llm_jax.models import layers
 from llm_jax.models import positions
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer by slot; the mask's offset is the next slot to be written.
+    """Keys and values of one layer by slot; `Context.q_offset` is the next slot to be written.
 
     The layouts are those that `kernels.decode_attention` reads in order.
     """
@@ -34,26 +35,36 @@ class Context:
 
     Attributes:
       mask: who attends to whom.
+      q_offset: slot of the first query; the integer 0 where no cache precedes it.
       rotary: cosines and sines of `positions.rotary_tables`; None without RoPE.
-      alibi_slopes_KG: float32; None without ALiBi.
+      bias: added to the scores; None without ALiBi.
     """
 
-    mask: mask_lib.AttentionMask
+    mask: masks.Mask
+    q_offset: jax.Array | int
     rotary: tuple[jax.Array, jax.Array] | None = None
-    alibi_slopes_KG: jax.Array | None = None
+    bias: biases.Bias | None = None
+
+
+def causal_mask(config: config_lib.ModelConfig) -> masks.Mask:
+    """Returns the decoder's mask: all slots before, or a window of them that ends at the query."""
+    return masks.local_window(None if config.window is None else config.window - 1, right=0)
 
 
 def make_context(
-    config: config_lib.ModelConfig, positions_BT: jax.Array, mask: mask_lib.AttentionMask
+    config: config_lib.ModelConfig,
+    positions_BT: jax.Array,
+    mask: masks.Mask,
+    q_offset: jax.Array | int = 0,
 ) -> Context:
     """Returns the context of a pass over tokens at `positions_BT`."""
-    rotary = slopes_KG = None
+    rotary = bias = None
     if config.positions == "rope":
         rotary = positions.rotary_tables(config, positions_BT)
     if config.positions == "alibi":
         slopes_KG = jnp.asarray(positions.alibi_slopes(config.num_heads))
-        slopes_KG = slopes_KG.reshape(config.kv_heads, -1)
-    return Context(mask, rotary, slopes_KG)
+        bias = biases.Alibi(slopes_KG.reshape(config.kv_heads, -1))
+    return Context(mask, q_offset, rotary, bias)
 
 
 class Attention(nnx.Module):
@@ -84,15 +95,15 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Returns the attended [B, T, D] and the cache with this call's keys and values in it.
 
-        With a cache, the keys and values of `x_BTD` are written from slot `mask.offset` on. A pass
-        that starts the cache (offset is the integer 0) attends to its own keys alone; a later one
+        With a cache, the keys and values of `x_BTD` are written from slot `context.q_offset` on. A pass
+        that starts the cache (the offset is an integer) attends to its own keys alone; a later one
         attends to the whole cache, whose unwritten slots the causal mask hides.
         """
         q_BTKGC, k_BSKC, v_BSKC = self._project(x_BTD, context)
         # Queries stay sharded along the sequence; each device gathers all keys and values.
         k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
         v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
-        offset = context.mask.offset
+        offset = context.q_offset
         if cache is not None:
             cache = LayerCache(
                 _write(cache.k_BKCS, jnp.transpose(k_BSKC, (0, 2, 3, 1)), offset, axis=3),
@@ -100,9 +111,10 @@ class Attention(nnx.Module):
             )
         scores = {
             "mask": context.mask,
+            "q_offset": offset,
             "scale": self.config.head_width**-0.5,
             "softcap": self.config.attention_softcap,
-            "alibi_slopes_KG": context.alibi_slopes_KG,
+            "bias": context.bias,
         }
         if cache is None or isinstance(offset, int):
             y_BTKGC = op.attention(

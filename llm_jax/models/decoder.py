@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
-from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.models import attention
 from llm_jax.models import layers
 from llm_jax.models import stack
@@ -51,12 +51,10 @@ class Decoder(nnx.Module):
           segments_BT: int32 document numbers of packed sequences; None: one document a row.
           key: turns dropout on.
         """
-        k_segments_BS = None
+        mask = attention.causal_mask(self.config)
         if segments_BT is not None:
             k_segments_BS = jax.sharding.reshard(segments_BT, self.rules.act("BS"))
-        mask = mask_lib.AttentionMask(
-            window=self.config.window, q_segments_BT=segments_BT, k_segments_BS=k_segments_BS
-        )
+            mask = mask & masks.Segments(segments_BT, k_segments_BS)
         context = attention.make_context(self.config, positions_BT, mask)
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = self.embed(tokens_BT, positions_BT)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
-from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.models import attention
 from llm_jax.models import stack
 
@@ -29,7 +29,7 @@ def row_mask(
     num_queries: int,
     num_slots: int,
     slot: jax.Array | int,
-) -> tuple[mask_lib.AttentionMask, jax.Array]:
+) -> tuple[masks.Mask, jax.Array]:
     """Returns the mask and the positions [B, T] of queries at slots from `slot` on.
 
     Prompts of unequal length end at the same slot: row b's text fills slots from `starts_B[b]` on,
@@ -38,10 +38,5 @@ def row_mask(
     slots_T = slot + jnp.arange(num_queries)
     q_segments_BT = (slots_T[None, :] >= starts_B[:, None]).astype(jnp.int32)
     k_segments_BS = (jnp.arange(num_slots)[None, :] >= starts_B[:, None]).astype(jnp.int32)
-    mask = mask_lib.AttentionMask(
-        window=config.window,
-        q_segments_BT=q_segments_BT,
-        k_segments_BS=k_segments_BS,
-        offset=slot,
-    )
+    mask = attention.causal_mask(config) & masks.Segments(q_segments_BT, k_segments_BS)
     return mask, jnp.maximum(slots_T[None, :] - starts_B[:, None], 0)

@@ -92,7 +92,7 @@ def _next_logits(
     is_prefill = isinstance(slot, int)
     num_slots = num_queries if is_prefill else cache[0].k_BKCS.shape[-1]
     mask, positions_BT = cache_lib.row_mask(model.config, starts_B, num_queries, num_slots, slot)
-    context = attention.make_context(model.config, positions_BT, mask)
+    context = attention.make_context(model.config, positions_BT, mask, slot)
     x_BTD = model.decoder.embed(tokens_BT, positions_BT)
     x_BTD, cache = stack.run_cached(model.blocks, x_BTD, context, cache)
     logits_BTV = model.decoder.logits(x_BTD[:, -1:])

@@ -1,5 +1,6 @@
-"""Masks against their definition, pair by pair; attention against numpy float64."""
+"""One suite that every implementation of attention passes, against numpy float64."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -9,232 +10,246 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import dropout as dropout_lib
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import op
+from llm_jax.kernels.flash_attention import reference
 from tests import helpers
+from tests.kernels import attention_oracle
 
 B, T, S, K, G, C = 2, 11, 11, 2, 3, 4
-
-
-def _brute_force(mask, num_queries, num_keys, start):
-    """The definition, one pair at a time."""
-    rows = 1 if mask.q_segments_BT is None else len(mask.q_segments_BT)
-    allowed = np.zeros((rows, num_queries, num_keys), bool)
-    for b in range(rows):
-        for i in range(num_queries):
-            t = int(mask.offset) + start + i
-            for s in range(num_keys):
-                is_seen = not mask.is_causal or s <= t
-                is_seen = is_seen and (mask.window is None or t - s < mask.window)
-                if mask.q_segments_BT is not None:
-                    same = mask.q_segments_BT[b, start + i] == mask.k_segments_BS[b, s]
-                    is_seen = is_seen and bool(same)
-                allowed[b, i, s] = is_seen
-    return allowed
-
-
-@st.composite
-def _cases(draw):
-    """A mask over at most 9 queries and keys, and a cut of its queries."""
-    num_queries, num_keys = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    segments = {}
-    if draw(st.booleans()):
-        rows = draw(st.integers(1, 3))
-        numbers = st.integers(0, 2)
-
-        def array(length):
-            flat = draw(st.lists(numbers, min_size=rows * length, max_size=rows * length))
-            return np.asarray(flat, np.int32).reshape(rows, length)
-
-        segments = {"q_segments_BT": array(num_queries), "k_segments_BS": array(num_keys)}
-    mask = mask_lib.AttentionMask(
-        is_causal=draw(st.booleans()),
-        window=draw(st.none() | st.integers(1, 9)),
-        offset=draw(st.integers(0, 5)),
-        **segments,
-    )
-    start = draw(st.integers(0, num_queries - 1))
-    return mask, draw(st.integers(1, num_queries - start)), num_keys, start
-
-
-@hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(_cases())
-def test_mask_equals_its_definition(case):
-    mask, count, num_keys, start = case
-    wanted = _brute_force(mask, count, num_keys, start)
-    np.testing.assert_array_equal(mask.allowed_BTS(count, num_keys, start), wanted)
-    distance = mask.offset + start + np.arange(count)[:, None] - np.arange(num_keys)
-    np.testing.assert_array_equal(mask.distance_TS(count, num_keys, start), distance)
-
-
-def _inputs(dtype="float32", num_queries=T):
-    rng = np.random.default_rng(0)
-    shapes = (B, num_queries, K, G, C), (B, S, K, C), (B, S, K, C)
-    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
-
-
-def _numpy_attention(q, k, v, allowed, scale, softcap=None, slopes=None, offset=0):
-    """One query of one head at a time, in float64."""
-    q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v))
-    allowed = np.broadcast_to(allowed, (q.shape[0], q.shape[1], k.shape[1]))
-    y = np.zeros(q.shape)
-    for b, t, kv, g in np.ndindex(q.shape[:4]):
-        seen = np.flatnonzero(allowed[b, t])
-        if not len(seen):
-            continue
-        scores = k[b, seen, kv] @ q[b, t, kv, g] * scale
-        if softcap is not None:
-            scores = softcap * np.tanh(scores / softcap)
-        if slopes is not None:
-            scores = scores - slopes[kv, g] * np.abs(offset + t - seen)
-        weights = np.exp(scores - scores.max())
-        y[b, t, kv, g] = weights / weights.sum() @ v[b, seen, kv]
-    return y
+IMPLEMENTATIONS = ["reference", "chunked"]
 
 
 def _segments(num_queries=T):
-    k_segments = np.ones((B, S), np.int32)
-    k_segments[0, 4:] = 2
-    k_segments[1, 9:] = 0
-    return {
-        "q_segments_BT": jnp.asarray(k_segments[:, -num_queries:]),
-        "k_segments_BS": jnp.asarray(k_segments),
-    }
+    k_ids_BS = np.ones((B, S), np.int32)
+    k_ids_BS[0, 4:] = 2
+    k_ids_BS[1, 9:] = 0
+    return masks.Segments(k_ids_BS[:, -num_queries:], k_ids_BS)
 
 
-_SLOPES = jnp.asarray([[0.5, 0.25, 0.125], [1.0, 2.0, 0.0]])
+def _normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape)
 
+
+_ALIBI = biases.Alibi(np.asarray([[0.5, 0.25, 0.125], [1.0, 2.0, 0.0]]))
+_RELATIVE = biases.Relative(_normal(K, G, 8), max_distance=6)
+_ONE_WAY = biases.Relative(_normal(K, G, 6), max_distance=9, is_bidirectional=False)
+
+# What a case changes; sizes are those of the arrays.
 CASES = {
-    "causal": ({}, {}),
-    "bidirectional": ({"is_causal": False}, {}),
-    "window": ({"window": 3}, {}),
-    "bidirectional_window": ({"window": 3, "is_causal": False}, {}),
-    "segments": (_segments(), {}),
-    "softcap": ({}, {"softcap": 0.7}),
-    "alibi": ({}, {"alibi_slopes_KG": _SLOPES}),
-    "bidirectional_alibi": ({"is_causal": False}, {"alibi_slopes_KG": _SLOPES}),
-    "everything": (
-        {"window": 5} | _segments(),
-        {"softcap": 0.7, "alibi_slopes_KG": _SLOPES},
-    ),
-    "offset": ({"offset": 7}, {"alibi_slopes_KG": _SLOPES}),
-    "traced_offset": ({"offset": jnp.asarray(7)}, {"alibi_slopes_KG": _SLOPES}),
-    "offset_segments": ({"offset": 7} | _segments(4), {}),
+    "causal": {},
+    "full": {"mask": masks.full()},
+    "window": {"mask": masks.local_window(left=2, right=0)},
+    "two_sided_window": {"mask": masks.local_window(left=2, right=3)},
+    "prefix": {"mask": masks.causal() | masks.KeysBelow(np.asarray([3, 7], np.int32))},
+    "lengths": {
+        "mask": masks.KeysBelow(np.asarray([5, 11], np.int32))
+        & masks.QueriesBelow(np.asarray([11, 4], np.int32))
+    },
+    "packed": {"mask": masks.causal() & _segments()},
+    "not": {"mask": ~masks.local_window(left=1, right=1)},
+    "softcap": {"softcap": 0.7},
+    "alibi": {"bias": _ALIBI},
+    "full_alibi": {"mask": masks.full(), "bias": _ALIBI},
+    "t5": {"mask": masks.full(), "bias": _RELATIVE},
+    "one_way_t5": {"bias": _ONE_WAY},
+    "array": {"bias": biases.Full(_normal(B, K, G, T, S))},
+    "shared_array": {"mask": masks.full(), "bias": biases.Full(_normal(1, K, 1, T, S))},
+    "sinks": {"sinks_KG": _normal(K, G)},
+    "dropout": {"dropout": 0.4},
+    "everything": {
+        "mask": masks.local_window(left=4, right=0) & _segments(),
+        "softcap": 0.7,
+        "bias": _ALIBI,
+        "sinks_KG": _normal(K, G),
+        "dropout": 0.2,
+    },
+    "cross": {"mask": masks.full(), "num_queries": 5},
+    "wide_values": {"value_width": 7},
+    "offset": {"q_offset": 7, "num_queries": 4, "bias": _ALIBI},
+    "offset_packed": {"mask": masks.causal() & _segments(4), "q_offset": 7, "num_queries": 4},
 }
 
 
-def _case(name, dtype="float32"):
-    mask_fields, options = CASES[name]
-    queries = 4 if "offset" in mask_fields else T
-    return _inputs(dtype, queries), mask_lib.AttentionMask(**mask_fields), options
+def _case(changes, num_queries=T, value_width=C, dropout=None):
+    """Returns the oracle's case and the operation's arguments, both of the same numbers."""
+    changes = {"mask": masks.causal()} | changes
+    q, k = _normal(B, num_queries, K, G, C), _normal(B, S, K, C)
+    v = _normal(B, S, K, value_width)
+    factors, extra = None, {}
+    if dropout is not None:
+        extra["dropout"] = dropout_lib.Dropout(jnp.uint32(7), dropout)
+        shape = (B, K, G, num_queries, S)
+        factors = np.asarray(
+            reference.dropout_factors(extra["dropout"], shape, np.arange(num_queries), np.arange(S))
+        )
+    case = attention_oracle.Case(q=q, k=k, v=v, factors_BKGTS=factors, **changes)
+    # Numbers of float32, so that the oracle sees what the operation does.
+    rounded = {
+        name: jax.tree.map(lambda x: np.asarray(np.float32(x), np.float64), value)
+        for name, value in attention_oracle.parameters(case).items()
+    }
+    return dataclasses.replace(case, **rounded), extra
 
 
-def _attend(name, options, implementation="reference"):
-    """`op.attention` with a chunk that does not divide 11 queries."""
-    return functools.partial(
-        op.attention, scale=0.6, implementation=implementation, chunk=4, **options
-    )
+def named(name):
+    """Returns a case of `CASES`."""
+    changes = dict(CASES[name])
+    sizes = {
+        key: changes.pop(key) for key in ("num_queries", "value_width", "dropout") if key in changes
+    }
+    return _case(changes, **sizes)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def attend(case, extra, implementation, dtype="float32"):
+    """Returns the operation as a function of the case's parameters; chunks do not divide 11."""
+    how = {"mask": jax.tree.map(jnp.asarray, case.mask), "scale": case.scale}
+    how |= {"q_offset": case.q_offset, "softcap": case.softcap} | extra
+
+    def run(parameters):
+        rest = {name: x for name, x in parameters.items() if name not in ("q", "k", "v")}
+        q, k, v = (parameters[name].astype(dtype) for name in ("q", "k", "v"))
+        return op.attention(q, k, v, implementation=implementation, chunk=4, **how, **rest)
+
+    return run
+
+
+def parameters_of(case):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), attention_oracle.parameters(case))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_attention_equals_numpy(name, implementation):
-    (q, k, v), mask, options = _case(name)
-    # Not an argument of the jitted function: an offset that is a Python integer stays one.
-    y = jax.jit(functools.partial(_attend(name, options, implementation), mask=mask))(q, k, v)
-    allowed = _brute_force(mask, q.shape[1], S, 0)
-    slopes = options["alibi_slopes_KG"] if "alibi_slopes_KG" in options else None
-    softcap = options["softcap"] if "softcap" in options else None
-    wanted = _numpy_attention(q, k, v, allowed, 0.6, softcap, slopes, int(mask.offset))
-    helpers.assert_close(y, wanted)
+def test_attention_equals_the_oracle(name, implementation):
+    case, extra = named(name)
+    y = jax.jit(attend(case, extra, implementation))(parameters_of(case))
+    helpers.assert_close(y, attention_oracle.attention(case))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_chunked_gradients_equal_those_of_the_reference(name):
-    (q, k, v), mask, options = _case(name)
-    probe = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.float32)
+def test_every_gradient_equals_the_oracles_slope(name, implementation):
+    case, extra = named(name)
+    rng = np.random.default_rng(1)
+    probe = rng.standard_normal((*case.q.shape[:-1], case.v.shape[-1]))
+    run = attend(case, extra, implementation)
+    parameters = parameters_of(case)
+    gradient = jax.jit(jax.grad(lambda p: jnp.vdot(run(p), probe)))(parameters)
+    for argument, value in attention_oracle.parameters(case).items():
+        direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), value)
+        products = jax.tree.map(np.vdot, gradient[argument], direction)
+        slope = sum(jax.tree.leaves(products))
+        wanted = attention_oracle.slope(case, argument, direction, probe)
+        assert slope == pytest.approx(wanted, rel=2e-5, abs=2e-5), argument
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_those_of_the_reference(name, implementation):
+    case, extra = named(name)
+    parameters = parameters_of(case)
+    shape = (*case.q.shape[:-1], case.v.shape[-1])
+    probe = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
 
     def gradients(implementation):
-        attend = _attend(name, options, implementation)
-        return jax.jit(jax.grad(lambda *qkv: jnp.vdot(attend(*qkv, mask=mask), probe), (0, 1, 2)))(
-            q, k, v
-        )
+        run = attend(case, extra, implementation)
+        return jax.jit(jax.grad(lambda p: jnp.vdot(run(p), probe)))(parameters)
 
-    helpers.assert_close(gradients("chunked"), gradients("reference"), 2e-5)
+    helpers.assert_close(gradients(implementation), gradients("reference"), 2e-5)
 
 
-def test_reference_gradient_equals_a_finite_difference():
-    (q, k, v), mask, options = _case("everything")
-    rng = np.random.default_rng(1)
-    probe = rng.standard_normal(q.shape)
-    direction = [jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for x in (q, k, v)]
-    attend = _attend("everything", options)
-    value = jax.jit(lambda *qkv: jnp.vdot(attend(*qkv, mask=mask), probe))
-    grads = jax.grad(value, (0, 1, 2))(q, k, v)
-    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(grads, direction))
-    allowed = _brute_force(mask, T, S, 0)
-
-    def shifted(step):
-        moved = [
-            np.asarray(x, np.float64) + step * np.asarray(d, np.float64)
-            for x, d in zip((q, k, v), direction)
-        ]
-        y = _numpy_attention_64(*moved, allowed, options)
-        return np.vdot(y, probe)
-
-    wanted = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
-    assert slope == pytest.approx(wanted, rel=2e-5)
-
-
-def _numpy_attention_64(q, k, v, allowed, options):
-    class Array(np.ndarray):
-        """float64 that stays float64."""
-
-        def astype(self, dtype):
-            del dtype
-            return np.asarray(self)
-
-    q, k, v = (x.view(Array) for x in (q, k, v))
-    slopes = np.asarray(options["alibi_slopes_KG"])
-    return _numpy_attention(q, k, v, allowed, 0.6, options["softcap"], slopes)
-
-
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_stays_bfloat16(implementation):
-    (q, k, v), mask, options = _case("everything", "bfloat16")
-    y = jax.jit(_attend("everything", options, implementation))(q, k, v, mask=mask)
+    case, extra = named("everything")
+    y = jax.jit(attend(case, extra, implementation, "bfloat16"))(parameters_of(case))
     assert y.dtype == jnp.bfloat16
-    slopes = np.asarray(options["alibi_slopes_KG"])
-    allowed = _brute_force(mask, T, S, 0)
-    wanted = _numpy_attention(q, k, v, allowed, 0.6, options["softcap"], slopes)
+    rounded = {
+        name: np.asarray(jnp.asarray(getattr(case, name), jnp.bfloat16), np.float64)
+        for name in ("q", "k", "v")
+    }
+    wanted = attention_oracle.attention(dataclasses.replace(case, **rounded))
     helpers.assert_close(y.astype(jnp.float32), wanted, 2e-2)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, v = _inputs()
-    mask = mask_lib.AttentionMask()
-    attend = functools.partial(_attend("causal", {}), mask=mask)
-    y, grads = jax.value_and_grad(lambda q: attend(q, k, v).sum())(q * 1e6)
-    assert np.isfinite(y) and np.isfinite(grads).all()
-    allowed = _brute_force(mask, T, S, 0)
-    helpers.assert_close(attend(q * 1e6, k, v), _numpy_attention(q * 1e6, k, v, allowed, 0.6))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_offset_may_be_traced(implementation):
+    case, extra = named("offset")
+    parameters = parameters_of(case)
+
+    def at(offset):
+        return attend(dataclasses.replace(case, q_offset=offset), extra, implementation)(parameters)
+
+    helpers.assert_close(jax.jit(at)(jnp.asarray(7)), attention_oracle.attention(case))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
-def test_query_without_a_key_gets_zeros_and_finite_gradients(implementation):
-    q, k, v = _inputs()
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_large_scores_do_not_overflow(implementation):
+    case, extra = named("causal")
+    case = dataclasses.replace(case, q=case.q * 1e6)
+    run = jax.jit(jax.value_and_grad(lambda p: attend(case, extra, implementation)(p).sum()))
+    y, grads = run(parameters_of(case))
+    assert np.isfinite(y) and all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    actual = attend(case, extra, implementation)(parameters_of(case))
+    helpers.assert_close(actual, attention_oracle.attention(case))
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_query_without_a_key_gets_zeros_and_no_gradient(implementation, has_sinks):
     lonely = np.ones((B, T), np.int32)
     lonely[:, 5] = 9  # a segment that no key has
-    mask = mask_lib.AttentionMask(
-        q_segments_BT=jnp.asarray(lonely), k_segments_BS=jnp.ones((B, S), jnp.int32)
-    )
-    attend = jax.jit(functools.partial(_attend("segments", {}, implementation), mask=mask))
-    y = np.asarray(attend(q, k, v))
+    changes = {"mask": masks.Segments(lonely, np.ones((B, S), np.int32))}
+    if has_sinks:
+        changes["sinks_KG"] = _normal(K, G)
+    case, extra = _case(changes)
+    run = jax.jit(attend(case, extra, implementation))
+    parameters = parameters_of(case)
+    y = np.asarray(run(parameters))
     np.testing.assert_array_equal(y[:, 5], 0.0)
     assert np.abs(y[:, 4]).min() > 0
-    grads = jax.grad(lambda *qkv: jnp.sum(attend(*qkv) ** 2), (0, 1, 2))(q, k, v)
-    assert all(np.isfinite(grad).all() for grad in grads)
-    np.testing.assert_array_equal(grads[0][:, 5], 0.0)
+    grads = jax.grad(lambda p: jnp.sum(run(p) ** 2))(parameters)
+    assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+    np.testing.assert_array_equal(grads["q"][:, 5], 0.0)
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(st.integers(-300, 300), st.integers(2, 40), st.integers(2, 200), st.booleans())
+def test_buckets_equal_the_papers_words(distance, half, max_distance, is_bidirectional):
+    num_buckets = 4 * half
+    max_distance += num_buckets
+    bias = biases.Relative(jnp.zeros((1, 1, num_buckets)), max_distance, is_bidirectional)
+    wanted = {
+        attention_oracle.t5_bucket(distance, num_buckets, top, is_bidirectional)
+        for top in (max_distance * (1 - 1e-6), max_distance * (1 + 1e-6))
+    }
+    # Where a distance falls on the border of two buckets, float32 may take either.
+    assert int(bias.buckets(jnp.asarray(distance))) in wanted
+
+
+def test_dropout_drops_its_share_of_every_row_head_query_and_key():
+    shape = (4, 2, 2, 64, 64)
+    dropout = dropout_lib.Dropout(jnp.uint32(3), 0.3)
+    factors = np.asarray(reference.dropout_factors(dropout, shape, np.arange(64), np.arange(64)))
+    assert set(np.unique(factors)) == {0.0, np.float32(1 / 0.7)}
+    is_dropped = factors == 0.0
+    share = 0.3
+    for axis in range(5):
+        others = tuple(other for other in range(5) if other != axis)
+        count = is_dropped.size / is_dropped.shape[axis]
+        deviation = np.sqrt(share * (1 - share) / count)
+        np.testing.assert_allclose(is_dropped.mean(others), share, atol=4.5 * deviation)
+    # Neighbours along each dimension, and other seeds, agree as often as independent draws do.
+    independent = share**2 + (1 - share) ** 2
+    other = dropout_lib.Dropout(jnp.uint32(4), 0.3)
+    pairs = [(np.delete(is_dropped, 0, axis), np.delete(is_dropped, -1, axis)) for axis in range(5)]
+    pairs.append(
+        (is_dropped, reference.dropout_factors(other, shape, np.arange(64), np.arange(64)) == 0.0)
+    )
+    for one, two in pairs:
+        deviation = np.sqrt(independent * (1 - independent) / one.size)
+        assert abs((one == two).mean() - independent) < 5 * deviation
 
 
 def test_chunks_never_hold_all_scores():
@@ -245,16 +260,12 @@ def test_chunks_never_hold_all_scores():
     qkv = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
 
     def sizes(implementation):
-        attend = functools.partial(
-            op.attention,
-            mask=mask_lib.AttentionMask(),
-            scale=1.0,
-            implementation=implementation,
-            chunk=8,
+        run = functools.partial(
+            op.attention, mask=masks.causal(), scale=1.0, implementation=implementation, chunk=8
         )
-        gradient = jax.grad(lambda *qkv: attend(*qkv).sum(), (0, 1, 2))
+        gradient = jax.grad(lambda *qkv: run(*qkv).sum(), (0, 1, 2))
         largest = max(_sizes(jax.make_jaxpr(gradient)(*qkv).jaxpr))
-        kept = jax.eval_shape(lambda *qkv: jax.vjp(attend, *qkv)[1], *qkv)
+        kept = jax.eval_shape(lambda *qkv: jax.vjp(run, *qkv)[1], *qkv)
         return largest, sum(leaf.size for leaf in jax.tree.leaves(kept))
 
     all_scores = heads * length**2
@@ -272,6 +283,18 @@ def _sizes(jaxpr):
                 yield from _sizes(inner)
 
 
+def test_chunks_leave_out_keys_that_a_window_hides():
+    q = jnp.ones((1, 1024, 1, 1, 2))
+    k = jnp.ones((1, 1024, 1, 2))
+
+    def largest(mask):
+        run = functools.partial(op.attention, mask=mask, scale=1.0, implementation="chunked")
+        return max(_sizes(jax.make_jaxpr(functools.partial(run, chunk=128))(q, k, k).jaxpr))
+
+    assert largest(masks.local_window(left=100, right=0)) == 128 * 256
+    assert largest(masks.causal()) == 128 * 1024
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -284,13 +307,34 @@ def _sizes(jaxpr):
     ],
 )
 def test_shapes_that_do_not_fit_are_named(change):
-    q, k, v = change(*_inputs())
+    case, _ = named("causal")
+    q, k, v = change(*(jnp.asarray(x) for x in (case.q, case.k, case.v)))
     with pytest.raises(ValueError) as error:
-        _attend("causal", {})(q, k, v, mask=mask_lib.AttentionMask())
+        op.attention(q, k, v, mask=case.mask, scale=1.0, implementation="reference", chunk=4)
     for x in (q, k, v):
         assert str(x.shape) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "extra, shape",
+    [
+        ({"sinks_KG": jnp.zeros((G, K))}, (G, K)),
+        ({"bias": biases.Alibi(jnp.zeros((K, 1)))}, (K, 1)),
+        ({"bias": biases.Relative(jnp.zeros((1, G, 8)))}, (1, G, 8)),
+        ({"bias": biases.Full(jnp.zeros((B, K, G, T, 1)))}, (B, K, G, T, 1)),
+        ({"bias": biases.Full(jnp.zeros((3, K, G, T, S)))}, (3, K, G, T, S)),
+    ],
+)
+def test_scores_that_do_not_fit_are_named(extra, shape):
+    case, _ = named("causal")
+    q, k, v = (jnp.asarray(x) for x in (case.q, case.k, case.v))
+    how = {"mask": case.mask, "scale": 1.0, "implementation": "reference", "chunk": 4}
+    with pytest.raises(ValueError) as error:
+        op.attention(q, k, v, **how, **extra)
+    assert str(shape) in str(error.value)
+
+
 def test_unknown_implementation_is_named():
+    case, extra = named("causal")
     with pytest.raises(ValueError, match="'flash'"):
-        _attend("causal", {}, "flash")(*_inputs(), mask=mask_lib.AttentionMask())
+        attend(case, extra, "flash")(parameters_of(case))

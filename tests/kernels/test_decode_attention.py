@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from llm_jax.kernels.decode_attention import op
-from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import reference
 
 B, S, K, G, C = 3, 11, 2, 3, 4
@@ -31,22 +32,21 @@ def _attend(q_BTKGC, k_BSKC, v_BSKC, **how):
 @pytest.mark.parametrize(
     "mask, score",
     [
-        ({}, {}),
-        ({"window": 3}, {"softcap": 0.7}),
-        ({"is_causal": False}, {}),
-        ({}, {"alibi_slopes_KG": jnp.linspace(0.1, 1.0, K * G).reshape(K, G)}),
-        ({"k_segments_BS": SEGMENTS_BS}, {}),
+        (masks.causal(), {}),
+        (masks.local_window(left=2, right=0), {"softcap": 0.7}),
+        (masks.full(), {}),
+        (masks.causal(), {"bias": biases.Alibi(jnp.linspace(0.1, 1.0, K * G).reshape(K, G))}),
+        (masks.causal(), {"sinks_KG": jnp.linspace(-1.0, 1.0, K * G).reshape(K, G)}),
+        (masks.Segments(jnp.ones((B, 3), jnp.int32), SEGMENTS_BS), {}),
     ],
-    ids=["causal", "window_softcap", "full", "alibi", "segments"],
+    ids=["causal", "window_softcap", "full", "alibi", "sinks", "segments"],
 )
 def test_attention_to_a_cache_equals_the_reference(
     mask, score, offset, dtype, tolerance, num_queries
 ):
-    if "k_segments_BS" in mask:
-        mask = mask | {"q_segments_BT": jnp.ones((B, num_queries), jnp.int32)}
-    mask = mask_lib.AttentionMask(offset=offset, **mask)
+    mask = masks.cut(mask, slice(num_queries), slice(None))
     inputs = _inputs(dtype, num_queries)
-    how = {"mask": mask, "scale": 0.5} | score
+    how = {"mask": mask, "scale": 0.5, "q_offset": offset} | score
     wanted = np.asarray(reference.attention(*inputs, **how), np.float32)
     actual = np.asarray(_attend(*inputs, **how), np.float32)
     np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
@@ -54,10 +54,8 @@ def test_attention_to_a_cache_equals_the_reference(
 
 def test_a_query_that_sees_nothing_gets_zeros():
     """The third row's keys are all of another segment."""
-    mask = mask_lib.AttentionMask(
-        q_segments_BT=jnp.ones((B, 1), jnp.int32), k_segments_BS=SEGMENTS_BS, offset=S - 1
-    )
-    y_BTKGC = _attend(*_inputs("float32"), mask=mask, scale=0.5)
+    mask = masks.Segments(jnp.ones((B, 1), jnp.int32), SEGMENTS_BS)
+    y_BTKGC = _attend(*_inputs("float32"), mask=mask, scale=0.5, q_offset=S - 1)
     assert np.all(np.asarray(y_BTKGC[2]) == 0.0)
     assert np.all(np.any(np.asarray(y_BTKGC[:2]) != 0.0, axis=-1))
 
@@ -65,4 +63,4 @@ def test_a_query_that_sees_nothing_gets_zeros():
 def test_a_cache_in_the_layout_of_activations_is_refused():
     q_BTKGC, k_BSKC, v_BSKC = _inputs("float32")
     with pytest.raises(ValueError, match=r"k \[B,K,C,S\] = \(3, 11, 2, 4\)"):
-        op.attention(q_BTKGC, k_BSKC, v_BSKC, mask=mask_lib.AttentionMask(), scale=1.0)
+        op.attention(q_BTKGC, k_BSKC, v_BSKC, mask=masks.causal(), scale=1.0, q_offset=0)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.kernels.decode_attention import single_query
-from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import reference
 
 
@@ -13,10 +14,12 @@ def attention(
     k_BKCS: jax.Array,
     v_BKSC: jax.Array,
     *,
-    mask: mask_lib.AttentionMask,
+    mask: masks.Mask,
     scale: float,
+    q_offset: jax.Array | int,
     softcap: float | None = None,
-    alibi_slopes_KG: jax.Array | None = None,
+    bias: biases.Bias | None = None,
+    sinks_KG: jax.Array | None = None,
 ) -> jax.Array:
     """Attends to a cache: `flash_attention.reference.attention`, forward only, in another layout.
 
@@ -27,8 +30,8 @@ def attention(
     Args:
       q_BTKGC: the new queries.
       k_BKCS, v_BKSC: the cache, written up to the last query.
-      mask: its `offset` is the slot of the first query.
-      scale, softcap, alibi_slopes_KG: as in the reference.
+      mask: which pairs of slots attend; slots not yet written must not be among them.
+      scale, q_offset, softcap, bias, sinks_KG: as in the reference.
 
     Returns:
       [B, T, K, G, C] in the dtype of `q_BTKGC`.
@@ -40,8 +43,10 @@ def attention(
     how = {
         "mask": mask,
         "scale": scale,
+        "q_offset": q_offset,
         "softcap": softcap,
-        "alibi_slopes_KG": alibi_slopes_KG,
+        "bias": bias,
+        "sinks_KG": sinks_KG,
     }
     if q_BTKGC.shape[1] == 1:
         return single_query.attention(q_BTKGC, k_BKCS, v_BKSC, **how)

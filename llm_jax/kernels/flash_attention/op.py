@@ -2,8 +2,10 @@
 
 import jax
 
+from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import chunked
-from llm_jax.kernels.flash_attention import mask as mask_lib
+from llm_jax.kernels.flash_attention import dropout as dropout_lib
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import reference
 
 
@@ -12,12 +14,15 @@ def attention(
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
     *,
-    mask: mask_lib.AttentionMask,
+    mask: masks.Mask,
     scale: float,
     implementation: str,
     chunk: int,
+    q_offset: jax.Array | int = 0,
     softcap: float | None = None,
-    alibi_slopes_KG: jax.Array | None = None,
+    bias: biases.Bias | None = None,
+    sinks_KG: jax.Array | None = None,
+    dropout: dropout_lib.Dropout | None = None,
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
@@ -27,23 +32,48 @@ def attention(
     Raises:
       ValueError: shapes that do not fit each other, or an unknown implementation.
     """
-    _check_shapes(q_BTKGC, k_BSKC, v_BSKC)
-    num_queries = q_BTKGC.shape[1]
+    _check_shapes(q_BTKGC, k_BSKC, v_BSKC, bias, sinks_KG)
     if implementation == "auto":
-        implementation = "chunked" if num_queries > chunk else "reference"
-    extra = {"softcap": softcap, "alibi_slopes_KG": alibi_slopes_KG}
+        implementation = "chunked" if q_BTKGC.shape[1] > chunk else "reference"
+    how = {
+        "mask": mask,
+        "scale": scale,
+        "q_offset": q_offset,
+        "softcap": softcap,
+        "bias": bias,
+        "sinks_KG": sinks_KG,
+        "dropout": dropout,
+    }
     if implementation == "reference":
-        return reference.attention(q_BTKGC, k_BSKC, v_BSKC, mask=mask, scale=scale, **extra)
+        return reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how)
     if implementation == "chunked":
-        return chunked.attention(
-            q_BTKGC, k_BSKC, v_BSKC, mask=mask, scale=scale, chunk=chunk, **extra
-        )
+        return chunked.attention(q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, **how)
     raise ValueError(
         f"attention implementation {implementation!r} is none of auto, reference, chunked"
     )
 
 
-def _check_shapes(q_BTKGC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array) -> None:
+def _check_shapes(
+    q_BTKGC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    bias: biases.Bias | None,
+    sinks_KG: jax.Array | None,
+) -> None:
     q, k, v = q_BTKGC.shape, k_BSKC.shape, v_BSKC.shape
-    if len(q) != 5 or len(k) != 4 or k != v or (q[0], q[2], q[4]) != (k[0], k[2], k[3]):
+    if len(q) != 5 or len(k) != 4 or k[:3] != v[:3] or (q[0], q[2], q[4]) != (k[0], k[2], k[3]):
         raise ValueError(f"q [B,T,K,G,C] = {q}, k and v [B,S,K,C] = {k}, {v} do not fit together")
+    wanted = (q[0], q[2], q[3], q[1], k[1])
+    if isinstance(bias, biases.Full):
+        shape = bias.bias_BKGTS.shape
+        is_fit = len(shape) == 5 and all(a in (1, b) for a, b in zip(shape[:3], wanted))
+        if not is_fit or shape[3:] != wanted[3:]:
+            raise ValueError(f"bias [B,K,G,T,S] = {shape} does not fit [B,K,G,T,S] = {wanted}")
+    heads = {"sinks [K,G]": sinks_KG}
+    if isinstance(bias, biases.Alibi):
+        heads["ALiBi slopes [K,G]"] = bias.slopes_KG
+    if isinstance(bias, biases.Relative):
+        heads["buckets [K,G,U]"] = bias.table_KGU
+    for name, array in heads.items():
+        if array is not None and array.shape[:2] != wanted[1:3]:
+            raise ValueError(f"{name} = {array.shape} does not fit heads [K,G] = {wanted[1:3]}")
