@@ -12,6 +12,7 @@ import pytest
 
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
+from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import op
 from llm_jax.kernels.flash_attention import reference
@@ -19,7 +20,9 @@ from tests import helpers
 from tests.kernels import attention_oracle
 
 B, T, S, K, G, C = 2, 11, 11, 2, 3, 4
-IMPLEMENTATIONS = ["reference", "chunked"]
+IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
+# So small that 11 queries and keys are several blocks, of several tiles and chunks, all ragged.
+BLOCKS = forward_visits.Blocks(q=8, kv=4, tile=4, chunk=2, lead=2, lag=1)
 
 
 def _segments(num_queries=T):
@@ -73,6 +76,9 @@ CASES = {
 }
 
 
+NOT_IN_KERNELS = ("t5", "one_way_t5", "array", "shared_array")
+
+
 def _case(changes, num_queries=T, value_width=C, dropout=None):
     """Returns the oracle's case and the operation's arguments, both of the same numbers."""
     changes = {"mask": masks.causal()} | changes
@@ -106,7 +112,7 @@ def named(name):
 def attend(case, extra, implementation, dtype="float32"):
     """Returns the operation as a function of the case's parameters; chunks do not divide 11."""
     how = {"mask": jax.tree.map(jnp.asarray, case.mask), "scale": case.scale}
-    how |= {"q_offset": case.q_offset, "softcap": case.softcap} | extra
+    how |= {"q_offset": case.q_offset, "softcap": case.softcap, "blocks": BLOCKS} | extra
 
     def run(parameters):
         rest = {name: x for name, x in parameters.items() if name not in ("q", "k", "v")}
@@ -120,9 +126,16 @@ def parameters_of(case):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), attention_oracle.parameters(case))
 
 
+def _skip_untaken(name, implementation):
+    """Skips what an implementation says that it does not take; a test below holds it to its word."""
+    if implementation == "pallas" and name in NOT_IN_KERNELS:
+        pytest.skip("no kernel")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
 def test_attention_equals_the_oracle(name, implementation):
+    _skip_untaken(name, implementation)
     case, extra = named(name)
     y = jax.jit(attend(case, extra, implementation))(parameters_of(case))
     helpers.assert_close(y, attention_oracle.attention(case))
@@ -131,6 +144,7 @@ def test_attention_equals_the_oracle(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
 def test_every_gradient_equals_the_oracles_slope(name, implementation):
+    _skip_untaken(name, implementation)
     case, extra = named(name)
     rng = np.random.default_rng(1)
     probe = rng.standard_normal((*case.q.shape[:-1], case.v.shape[-1]))
@@ -148,6 +162,7 @@ def test_every_gradient_equals_the_oracles_slope(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_those_of_the_reference(name, implementation):
+    _skip_untaken(name, implementation)
     case, extra = named(name)
     parameters = parameters_of(case)
     shape = (*case.q.shape[:-1], case.v.shape[-1])
@@ -332,6 +347,13 @@ def test_scores_that_do_not_fit_are_named(extra, shape):
     with pytest.raises(ValueError) as error:
         op.attention(q, k, v, **how, **extra)
     assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("name", NOT_IN_KERNELS)
+def test_a_bias_that_kernels_do_not_take_is_named(name):
+    case, extra = named(name)
+    with pytest.raises(ValueError, match=type(case.bias).__name__):
+        attend(case, extra, "pallas")(parameters_of(case))
 
 
 def test_unknown_implementation_is_named():

@@ -33,8 +33,13 @@ class Alibi(Bias):
 
     slopes_KG: Any
 
+    def term(self, t: jax.Array, s: jax.Array) -> jax.Array:
+        """Returns the term for slots that broadcast against each other and against the slopes."""
+        return -self.slopes_KG * jnp.abs(t - s).astype(jnp.float32)
+
     def scores_BKGTS(self, t_T, s_S):
-        return -self.slopes_KG[..., None, None] * jnp.abs(_distance_TS(t_T, s_S))
+        spread = dataclasses.replace(self, slopes_KG=self.slopes_KG[..., None, None])
+        return spread.term(t_T[:, None], s_S[None, :])
 
 
 @_bias

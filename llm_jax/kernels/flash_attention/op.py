@@ -5,7 +5,9 @@ import jax
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import chunked
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
+from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
+from llm_jax.kernels.flash_attention import pallas
 from llm_jax.kernels.flash_attention import reference
 
 
@@ -23,11 +25,13 @@ def attention(
     bias: biases.Bias | None = None,
     sinks_KG: jax.Array | None = None,
     dropout: dropout_lib.Dropout | None = None,
+    blocks: forward_visits.Blocks | None = None,
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
     `auto` takes `chunked` for more queries than one chunk holds (the scores would weigh more than
-    the rest of the layer), and `reference` below.
+    the rest of the layer), and `reference` below. `pallas` runs TPU kernels, for the devices of the
+    mesh that is set, and interprets them on a CPU; `blocks` overrides its table.
 
     Raises:
       ValueError: shapes that do not fit each other, or an unknown implementation.
@@ -48,9 +52,19 @@ def attention(
         return reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how)
     if implementation == "chunked":
         return chunked.attention(q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, **how)
+    if implementation == "pallas":
+        return pallas.attention(
+            q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, device_kind=_device_kind(), blocks=blocks, **how
+        )
     raise ValueError(
-        f"attention implementation {implementation!r} is none of auto, reference, chunked"
+        f"attention implementation {implementation!r} is none of auto, reference, chunked, pallas"
     )
+
+
+def _device_kind() -> str:
+    """Returns what the mesh that is set is made of, which need not be of this host."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _check_shapes(

@@ -1,0 +1,89 @@
+"""What TPU kernels do to a block of scores, and how the arrays for it reach them.
+
+Kernels hold scores transposed, [keys, queries]: what belongs to a query lies along the lanes, what
+belongs to a key along the sublanes. The arrays of mask, bias and dropout enter a kernel as operands;
+inside, the same objects are put together again around the pieces that a block needs.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import dropout as dropout_lib
+from llm_jax.kernels.flash_attention import masks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """All of an attention that is neither queries, keys nor values.
+
+    Attributes:
+      mask, bias, dropout: as in `reference.attention`; of biases, slopes alone.
+      q_offset: slot of the first query, int32 scalar; None where it is `static_offset`.
+      row_offset, head_offset: of this device's rows and heads in the whole batch, int32 scalars that
+        dropout counts from; None without dropout.
+      scale, softcap, static_offset: known when the kernel is compiled.
+    """
+
+    mask: masks.Mask
+    bias: biases.Alibi | None
+    dropout: dropout_lib.Dropout | None
+    q_offset: Any
+    row_offset: Any
+    head_offset: Any
+    scale: float = dataclasses.field(metadata={"static": True})
+    softcap: float | None = dataclasses.field(metadata={"static": True})
+    static_offset: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether scores are changed before the softmax, apart from scale and mask."""
+        return self.softcap is not None or self.bias is not None
+
+    def slots(self, q_index: jax.Array) -> jax.Array:
+        """Returns the slots of queries by their place in the array."""
+        return q_index + (self.static_offset if self.q_offset is None else self.q_offset)
+
+    def changed(self, scores: jax.Array, t: jax.Array, s: jax.Array) -> tuple[jax.Array, Any]:
+        """Returns scaled scores after soft-cap and bias, and the derivative of the cap or None."""
+        slope = None
+        if self.softcap is not None:
+            capped = jnp.tanh(scores / self.softcap)
+            scores, slope = capped * self.softcap, 1.0 - capped * capped
+        return scores if self.bias is None else scores + self.bias.term(t, s), slope
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One array of `Parts` on its way into a kernel.
+
+    Attributes:
+      dims: "BT" for each query, "BS" for each key, "B" a row, "H" a head, "" a scalar.
+    """
+
+    name: str
+    dims: str
+    array: Any
+
+
+def operands(parts: Parts, num_heads: int) -> list[Operand]:
+    """Returns the arrays of `parts` in the order of its leaves, heads in one dimension."""
+    found = []
+    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(parts)):
+        field = path[-1].name
+        suffix = field.rpartition("_")[2]
+        dims = {"KG": "H"}.get(suffix, suffix if suffix.isupper() else "")
+        array = jnp.asarray(leaf)
+        array = array.reshape(num_heads) if dims == "H" else array
+        found.append(Operand(f"{field}_{index}", dims, array))
+    return found
+
+
+def rebuilt(parts: Parts, given: list[Operand], piece: Callable[[Operand], Any]) -> Parts:
+    """Returns `parts` with `piece(operand)` in the place of each array."""
+    return jax.tree.unflatten(jax.tree.structure(parts), [piece(operand) for operand in given])
