@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.kernels.flash_attention import backward_visits
 from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import blocks
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
@@ -22,7 +24,10 @@ from tests.kernels import attention_oracle
 B, T, S, K, G, C = 2, 11, 11, 2, 3, 4
 IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
 # So small that 11 queries and keys are several blocks, of several tiles and chunks, all ragged.
-BLOCKS = forward_visits.Blocks(q=8, kv=4, tile=4, chunk=2, lead=2, lag=1)
+BLOCKS = blocks.Blocks(
+    forward_visits.Blocks(q=8, kv=4, tile=4, chunk=2, lead=2, lag=1),
+    backward_visits.Blocks(8, 8, 4, 4, 2, 2, 2, 2),
+)
 
 
 def _segments(num_queries=T):

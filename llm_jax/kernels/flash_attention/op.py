@@ -3,9 +3,9 @@
 import jax
 
 from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import chunked
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
-from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
 from llm_jax.kernels.flash_attention import reference
@@ -25,7 +25,7 @@ def attention(
     bias: biases.Bias | None = None,
     sinks_KG: jax.Array | None = None,
     dropout: dropout_lib.Dropout | None = None,
-    blocks: forward_visits.Blocks | None = None,
+    blocks: blocks_lib.Blocks | None = None,
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 

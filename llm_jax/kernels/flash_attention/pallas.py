@@ -3,30 +3,22 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
 
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+import numpy as np
 
+from llm_jax.kernels.flash_attention import backward
 from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import chunked
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import forward
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import scores as scores_lib
-
-# By the kind of device, as JAX names it. Those of v5e and v6e won a search by modelled time; nothing
-# was searched for the others. A CPU interprets the kernel, for tests.
-BLOCKS = {
-    "TPU v5 lite": forward_visits.Blocks(lead=8, lag=1, slots=4),
-    "TPU v6 lite": forward_visits.Blocks(),
-    "TPU v5": forward_visits.Blocks(lead=8, lag=1, slots=4),
-    "TPU v4": forward_visits.Blocks(lead=8, lag=1, slots=4),
-    "TPU7x": forward_visits.Blocks(),
-    "cpu": forward_visits.Blocks(q=256, kv=256, tile=128, chunk=128, lead=2, lag=1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +27,7 @@ class _Static:
     softcap: float | None
     q_offset: int | None
     chunk: int
-    blocks: forward_visits.Blocks
+    blocks: blocks_lib.Blocks
     is_interpreted: bool
 
 
@@ -53,23 +45,18 @@ def attention(
     bias: biases.Bias | None = None,
     sinks_KG: jax.Array | None = None,
     dropout: dropout_lib.Dropout | None = None,
-    blocks: forward_visits.Blocks | None = None,
+    blocks: blocks_lib.Blocks | None = None,
 ) -> jax.Array:
-    """As `reference.attention`; the forward pass by `forward.attention` on each device.
-
-    The backward pass is that of `chunked`, `chunk` queries at a time.
+    """As `reference.attention`, by the kernels of `forward` and `backward` on each device.
 
     Args:
+      chunk: queries at a time where a gradient is `chunked`'s: that of a bias, if it is asked for.
       device_kind: what the program is compiled for, as in `jax.Device.device_kind`.
-      blocks: instead of those of `BLOCKS`.
+      blocks: instead of those of `blocks.for_device`.
 
     Raises:
       ValueError: a device without kernels, or a score, length or sharding that they do not take.
     """
-    if device_kind not in BLOCKS:
-        raise ValueError(
-            f"attention 'pallas' has no blocks for {device_kind!r}, only for {[*BLOCKS]}"
-        )
     if bias is not None and not isinstance(bias, biases.Alibi):
         raise ValueError(f"attention 'pallas' takes no bias of kind {type(bias).__name__}")
     is_known = isinstance(q_offset, int)
@@ -78,7 +65,7 @@ def attention(
         softcap,
         q_offset if is_known else None,
         chunk,
-        blocks or BLOCKS[device_kind],
+        blocks or blocks_lib.for_device(device_kind, q_BTKGC.shape[-1]),
         device_kind == "cpu",
     )
     extra = (mask, bias, sinks_KG, dropout, None if is_known else q_offset)
@@ -86,27 +73,48 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset):
-    # Named where the scores are on one device: a kernel cannot be partitioned from outside.
-    arrays = (q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset)
+def _attention(static, *arrays):
+    return _forward(static, *arrays)[0]
+
+
+def _forward(static, *arrays):
+    """Returns the result, and what the backward pass needs, under names that remat can keep."""
+    local = functools.partial(_forward_on_one_device, static)
+    y_BTKGC, lse_BKGT = _on_each_device(local, ("BTKGC", "BKGT"), *arrays)
+    y_BTKGC = ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
+    lse_BKGT = ad_checkpoint.checkpoint_name(lse_BKGT, "attention_logsumexp")
+    return y_BTKGC, (arrays, y_BTKGC, lse_BKGT)
+
+
+def _on_each_device(
+    local, outs, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *more
+):
+    """Runs `local` where the arrays lie: a kernel cannot be cut up from outside.
+
+    Args:
+      local: called with the axes that rows and key heads are cut over, and this device's pieces.
+      outs: letters of the results.
+      more: pairs of letters and array, after the arguments of the attention.
+    """
     q_spec = jax.typeof(q_BTKGC).sharding.spec
     row_axes, length_axes, k_axes, g_axes = (*q_spec, *(None,) * 4)[:4]
     if length_axes is not None:
         raise ValueError(f"attention 'pallas' needs whole sequences, queries are sharded {q_spec}")
     if dropout is not None and g_axes is not None:
         raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
-    local = functools.partial(_on_one_device, static, row_axes, k_axes)
+    axes = {"B": row_axes, "K": k_axes, "G": g_axes}
+    local = functools.partial(local, row_axes, k_axes)
+    arrays = (q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset)
+    extra = tuple(array for _, array in more)
     if row_axes is None and k_axes is None and g_axes is None:
-        return local(*arrays)
-    axes = {"B": row_axes, "T": None, "S": None, "K": k_axes, "G": g_axes, "C": None}
+        return local(*arrays, *extra)
 
     def spec(letters: str) -> PartitionSpec:
-        return PartitionSpec(*(axes[letter] for letter in letters))
+        return PartitionSpec(*(axes.get(letter) for letter in letters))
 
     def of_leaf(path, leaf):
         del leaf
-        name = path[-1].name if path else "q_offset"
-        suffix = name.rpartition("_")[2]
+        suffix = path[-1].name.rpartition("_")[2] if path else ""
         return spec(suffix) if suffix.isupper() else PartitionSpec()
 
     in_specs = (
@@ -116,22 +124,25 @@ def _attention(static, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q
         *(jax.tree_util.tree_map_with_path(of_leaf, tree) for tree in (mask, bias)),
         None if sinks_KG is None else spec("KG"),
         *(jax.tree_util.tree_map_with_path(of_leaf, tree) for tree in (dropout, q_offset)),
+        *(spec(letters) for letters, _ in more),
     )
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=spec("BTKGC"), check_vma=False)
-    return run(*arrays)
+    out_specs = tuple(spec(letters) for letters in outs)
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return run(*arrays, *extra)
 
 
-def _on_one_device(
-    static, row_axes, k_axes, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
-):
-    B, T, K, G, _ = q_BTKGC.shape
-    S = k_BSKC.shape[1]
-    q_BHTC = jnp.transpose(q_BTKGC.reshape(B, T, K * G, -1), (0, 2, 1, 3))
-    k_BKSC, v_BKSC = (jnp.swapaxes(x, 1, 2) for x in (k_BSKC, v_BSKC))
+def _heads_first(x: jax.Array) -> jax.Array:
+    """[B, T, ..., C] as [B, H, T, C], all heads in one dimension."""
+    x = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset) -> scores_lib.Parts:
+    B, _, K, G, _ = q_BTKGC.shape
     offsets = (None, None)
     if dropout is not None:
         offsets = _offset(row_axes, B), _offset(k_axes, K * G)
-    parts = scores_lib.Parts(
+    return scores_lib.Parts(
         mask,
         bias,
         dropout,
@@ -141,19 +152,6 @@ def _on_one_device(
         softcap=static.softcap,
         static_offset=static.q_offset or 0,
     )
-    blocks = static.blocks.fit(T)
-    offset = static.q_offset if q_offset is None else q_offset
-    y_BHTC, _ = forward.attention(
-        q_BHTC,
-        k_BKSC,
-        v_BKSC,
-        parts=parts,
-        visits=forward_visits.make_visits(mask, T, S, blocks, offset),
-        blocks=blocks,
-        sinks_H=None if sinks_KG is None else sinks_KG.reshape(-1),
-        interpret=static.is_interpreted,
-    )
-    return jnp.swapaxes(y_BHTC, 1, 2).reshape(B, T, K, G, -1)
 
 
 def _offset(axes: str | Sequence[str] | None, size: int) -> jax.Array:
@@ -163,18 +161,86 @@ def _offset(axes: str | Sequence[str] | None, size: int) -> jax.Array:
     return jax.lax.axis_index(axes) * size
 
 
-def _forward(static, *arrays: Any):
-    return _attention(static, *arrays), arrays
+def _forward_on_one_device(
+    static, row_axes, k_axes, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
+):
+    B, T, K, G, _ = q_BTKGC.shape
+    blocks = static.blocks.forward.fit(T)
+    offset = static.q_offset if q_offset is None else q_offset
+    y_BHTC, lse_BHT = forward.attention(
+        *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
+        parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
+        visits=forward_visits.make_visits(mask, T, k_BSKC.shape[1], blocks, offset),
+        blocks=blocks,
+        sinks_H=None if sinks_KG is None else sinks_KG.reshape(-1),
+        interpret=static.is_interpreted,
+    )
+    y_BTKGC = jnp.swapaxes(y_BHTC, 1, 2).reshape(B, T, K, G, -1)
+    return y_BTKGC, lse_BHT.reshape(B, K, G, T)
 
 
-def _backward(static, arrays, dy_BTKGC):
+def _backward_on_one_device(
+    static,
+    row_axes,
+    k_axes,
+    q_BTKGC,
+    k_BSKC,
+    v_BSKC,
+    mask,
+    bias,
+    sinks_KG,
+    dropout,
+    q_offset,
+    dy_BTKGC,
+    lse_BKGT,
+    delta_BKGT,
+):
+    del sinks_KG  # the logsumexp holds them
+    B, T, K, G, _ = q_BTKGC.shape
+    dq, dk, dv = backward.attention(
+        *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC, dy_BTKGC)),
+        lse_BKGT.reshape(B, K * G, T),
+        delta_BKGT.reshape(B, K * G, T),
+        parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
+        q_offset=static.q_offset if q_offset is None else q_offset,
+        blocks=static.blocks.backward.fit(T, k_BSKC.shape[1]),
+        interpret=static.is_interpreted,
+    )
+    return (
+        jnp.swapaxes(dq, 1, 2).reshape(q_BTKGC.shape),
+        jnp.swapaxes(dk, 1, 2),
+        jnp.swapaxes(dv, 1, 2),
+    )
+
+
+def _backward(static, residuals, dy_BTKGC):
+    arrays, y_BTKGC, lse_BKGT = residuals
     *qkv, mask, bias, sinks_KG, dropout, q_offset = arrays
+    delta_BTKG = jnp.sum(dy_BTKGC.astype(jnp.float32) * y_BTKGC.astype(jnp.float32), -1)
+    delta_BKGT = jnp.moveaxis(delta_BTKG, 1, 3)
+    more = ("BTKGC", dy_BTKGC), ("BKGT", lse_BKGT), ("BKGT", delta_BKGT)
+    local = functools.partial(_backward_on_one_device, static)
+    dq, dk, dv = _on_each_device(local, ("BTKGC", "BSKC", "BSKC"), *arrays, *more)
+    dsinks = None
+    if sinks_KG is not None:
+        # A sink is a key whose value is zero: its weight times what the others lose to it.
+        weights_BKGT = jnp.exp(sinks_KG[..., None] - lse_BKGT)
+        weights_BKGT = jnp.where(lse_BKGT <= forward.EMPTY, 0.0, weights_BKGT)
+        dsinks = -jnp.sum(weights_BKGT * delta_BKGT, axis=(0, 3)).astype(sinks_KG.dtype)
+    dmask, ddropout, doffset = (jax.tree.map(_no_gradient, x) for x in (mask, dropout, q_offset))
+    dbias = _bias_gradient(static, arrays, dy_BTKGC)
+    return dq, dk, dv, dmask, dbias, dsinks, ddropout, doffset
 
-    def run(q_BTKGC, k_BSKC, v_BSKC, bias, sinks_KG):
+
+def _bias_gradient(static, arrays, dy_BTKGC):
+    """Returns the gradient of slopes. Where nobody asks for it the compiler leaves all of it out."""
+    *qkv, mask, bias, sinks_KG, dropout, q_offset = arrays
+    if bias is None:
+        return None
+
+    def run(bias):
         return chunked.attention(
-            q_BTKGC,
-            k_BSKC,
-            v_BSKC,
+            *qkv,
             mask=mask,
             scale=static.scale,
             chunk=static.chunk,
@@ -185,15 +251,12 @@ def _backward(static, arrays, dy_BTKGC):
             dropout=dropout,
         )
 
-    dq, dk, dv, dbias, dsinks = jax.vjp(run, *qkv, bias, sinks_KG)[1](dy_BTKGC)
-    zeros = (jax.tree.map(_no_gradient, x) for x in (mask, dropout, q_offset))
-    dmask, ddropout, doffset = zeros
-    return dq, dk, dv, dmask, dbias, dsinks, ddropout, doffset
+    return jax.vjp(run, bias)[1](dy_BTKGC)[0]
 
 
 def _no_gradient(x: jax.Array):
     """The cotangent of an integer."""
-    return jnp.zeros(jnp.shape(x), jax.dtypes.float0)
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 _attention.defvjp(_forward, _backward)
