@@ -16,7 +16,10 @@ Cache = list[attention.LayerCache]
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention_output": jax.checkpoint_policies.save_only_these_names("attention_output"),
+    # With the logsumexp beside it a kernel's backward pass needs no second forward pass.
+    "attention_output": jax.checkpoint_policies.save_only_these_names(
+        "attention_output", "attention_logsumexp"
+    ),
 }
 
 

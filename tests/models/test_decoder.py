@@ -241,6 +241,8 @@ def _gradients(**changes):
         {"remat": "attention_output"},
         {"remat": "full", "scan_layers": False},
         {"attention": "chunked", "attention_chunk": 5},
+        {"attention": "pallas"},
+        {"attention": "pallas", "remat": "attention_output"},
     ],
     ids=str,
 )

@@ -1,5 +1,8 @@
 """One signature for every implementation of attention."""
 
+import functools
+import logging
+
 import jax
 
 from llm_jax.kernels.flash_attention import biases
@@ -9,6 +12,8 @@ from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
 from llm_jax.kernels.flash_attention import reference
+
+_LOG = logging.getLogger(__name__)
 
 
 def attention(
@@ -29,16 +34,19 @@ def attention(
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
-    `auto` takes `chunked` for more queries than one chunk holds (the scores would weigh more than
-    the rest of the layer), and `reference` below. `pallas` runs TPU kernels, for the devices of the
-    mesh that is set, and interprets them on a CPU; `blocks` overrides its table.
+    `auto` takes `pallas` on TPUs where sequences are whole and the kernels take the bias; else
+    `chunked` for more queries than one chunk holds (the scores would weigh more than the rest of the
+    layer), and `reference` below. The log says what it took. `pallas` runs TPU kernels for the devices
+    of the mesh that is set, and interprets them on a CPU; `blocks` overrides its table.
 
     Raises:
       ValueError: shapes that do not fit each other, or an unknown implementation.
     """
     _check_shapes(q_BTKGC, k_BSKC, v_BSKC, bias, sinks_KG)
+    device_kind = _device_kind()
     if implementation == "auto":
-        implementation = "chunked" if q_BTKGC.shape[1] > chunk else "reference"
+        implementation = _choose(q_BTKGC, bias, chunk, device_kind)
+        _say(implementation, q_BTKGC.shape[1], device_kind)
     how = {
         "mask": mask,
         "scale": scale,
@@ -54,11 +62,25 @@ def attention(
         return chunked.attention(q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, **how)
     if implementation == "pallas":
         return pallas.attention(
-            q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, device_kind=_device_kind(), blocks=blocks, **how
+            q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, device_kind=device_kind, blocks=blocks, **how
         )
     raise ValueError(
         f"attention implementation {implementation!r} is none of auto, reference, chunked, pallas"
     )
+
+
+def _choose(q_BTKGC: jax.Array, bias: biases.Bias | None, chunk: int, device_kind: str) -> str:
+    spec = (*jax.typeof(q_BTKGC).sharding.spec, None, None)
+    is_taken = not pallas.is_cut(spec[1]) and isinstance(bias, biases.Alibi | None)
+    if device_kind.startswith("TPU") and is_taken:
+        return "pallas"
+    return "chunked" if q_BTKGC.shape[1] > chunk else "reference"
+
+
+@functools.cache
+def _say(implementation: str, num_queries: int, device_kind: str) -> None:
+    """Logs a choice once, however many layers make it."""
+    _LOG.info("attention of %d queries on %s: %s", num_queries, device_kind, implementation)
 
 
 def _device_kind() -> str:

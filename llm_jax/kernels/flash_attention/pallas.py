@@ -98,37 +98,43 @@ def _on_each_device(
     """
     q_spec = jax.typeof(q_BTKGC).sharding.spec
     row_axes, length_axes, k_axes, g_axes = (*q_spec, *(None,) * 4)[:4]
-    if length_axes is not None:
+    if is_cut(length_axes):
         raise ValueError(f"attention 'pallas' needs whole sequences, queries are sharded {q_spec}")
-    if dropout is not None and g_axes is not None:
+    if dropout is not None and is_cut(g_axes):
         raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
-    axes = {"B": row_axes, "K": k_axes, "G": g_axes}
+    axes = {"B": row_axes, "T": length_axes, "K": k_axes, "G": g_axes}
     local = functools.partial(local, row_axes, k_axes)
-    arrays = (q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset)
-    extra = tuple(array for _, array in more)
     if row_axes is None and k_axes is None and g_axes is None:
-        return local(*arrays, *extra)
+        extra = (array for _, array in more)
+        return local(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
 
     def spec(letters: str) -> PartitionSpec:
         return PartitionSpec(*(axes.get(letter) for letter in letters))
 
-    def of_leaf(path, leaf):
-        del leaf
-        suffix = path[-1].name.rpartition("_")[2] if path else ""
-        return spec(suffix) if suffix.isupper() else PartitionSpec()
+    def placed(letters, array):
+        return jax.sharding.reshard(jnp.asarray(array), spec(letters))
 
-    in_specs = (
-        spec("BTKGC"),
-        spec("BSKC"),
-        spec("BSKC"),
-        *(jax.tree_util.tree_map_with_path(of_leaf, tree) for tree in (mask, bias)),
-        None if sinks_KG is None else spec("KG"),
-        *(jax.tree_util.tree_map_with_path(of_leaf, tree) for tree in (dropout, q_offset)),
-        *(spec(letters) for letters, _ in more),
+    def placed_leaf(path, leaf):
+        suffix = path[-1].name.rpartition("_")[2] if path else ""
+        return placed(suffix if suffix.isupper() else "", leaf)
+
+    # What may lie anywhere is brought to the rows and heads of the queries.
+    trees = (mask, bias, dropout, q_offset)
+    mask, bias, dropout, q_offset = (
+        jax.tree_util.tree_map_with_path(placed_leaf, tree) for tree in trees
     )
+    sinks_KG = None if sinks_KG is None else placed("KG", sinks_KG)
+    k_BSKC, v_BSKC = placed("BSKC", k_BSKC), placed("BSKC", v_BSKC)
+    extra = (placed(letters, array) for letters, array in more)
     out_specs = tuple(spec(letters) for letters in outs)
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return run(*arrays, *extra)
+    run = jax.shard_map(local, out_specs=out_specs, check_vma=False)
+    return run(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
+
+
+def is_cut(axes: str | Sequence[str] | None) -> bool:
+    """Returns whether a dimension on these axes of the mesh that is set lies on several devices."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return any(jax.sharding.get_abstract_mesh().shape[name] > 1 for name in names)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
