@@ -92,7 +92,8 @@ def make_visits(
     some, is_open = _tiles_by_macro(mask, num_queries, num_keys, blocks, q_offset)
     xp = np if isinstance(some, np.ndarray) else jnp
     num_rows, num_i, num_j = some.shape[:3]
-    is_used = np.ones((num_i, num_j), bool) if xp is jnp else some[0].any((-2, -1))
+    # What is visited must be known now; arrays of the program may visit anything.
+    is_used = np.ones((num_i, num_j), bool) if xp is jnp else some.any((0, -2, -1))
     order = _order(is_used, is_q_outer)
     at_i, at_j = (np.asarray(x) for x in zip(*order))
     some, is_open = some[:, at_i, at_j], is_open[:, at_i, at_j]

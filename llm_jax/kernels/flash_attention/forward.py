@@ -335,6 +335,34 @@ def as_argument(operand: scores_lib.Operand) -> jax.Array:
     return array[:, None, :] if operand.dims in ("BT", "BS") else array.reshape(-1)
 
 
+def _specs(blocks, C: int, Cv: int, keys: int, group: int, given) -> dict[str, pl.BlockSpec]:
+    """Returns the block specs of the inputs; keys and values stay while the queries change."""
+
+    def of_query(b, h, i, *_):
+        return (b, h, i, 0)
+
+    def of_key(b, h, i, *_):
+        return (b, lax.div(h, group), 0, 0)
+
+    specs = {
+        "q": pl.BlockSpec((1, 1, blocks.q, C), of_query),
+        "k": pl.BlockSpec((1, 1, keys, C), of_key),
+        "v": pl.BlockSpec((1, 1, keys, Cv), of_key),
+    }
+    return specs | {operand.name: _operand_spec(operand, blocks.q, keys) for operand in given}
+
+
+def _scratch(blocks, C: int, Cv: int, keys: int, dtype) -> dict[str, tuple]:
+    return {
+        "q_scaled": ((blocks.q, C), dtype),
+        "v_t": ((Cv, keys), dtype),
+        "m": ((1, blocks.q), jnp.float32),
+        "l": ((1, blocks.q), jnp.float32),
+        "o_t": ((Cv, blocks.q), jnp.float32),
+        "scores": ((blocks.slots, blocks.kv, blocks.tile), jnp.float32),
+    }
+
+
 def attention(
     q_BHTC: jax.Array,
     k_BKSC: jax.Array,
@@ -364,11 +392,7 @@ def attention(
     K, S, Cv = v_BKSC.shape[1:]
     group, keys = H // K, -(-S // blocks.kv) * blocks.kv
     given = scores_lib.operands(parts, H)
-    specs = {
-        "q": pl.BlockSpec((1, 1, blocks.q, C), lambda b, h, i, *_: (b, h, i, 0)),
-        "k": pl.BlockSpec((1, 1, keys, C), lambda b, h, i, *_: (b, lax.div(h, group), 0, 0)),
-        "v": pl.BlockSpec((1, 1, keys, Cv), lambda b, h, i, *_: (b, lax.div(h, group), 0, 0)),
-    } | {operand.name: _operand_spec(operand, blocks.q, keys) for operand in given}
+    specs = _specs(blocks, C, Cv, keys, group, given)
     arguments = [q_BHTC, k_BKSC, v_BKSC, *(as_argument(operand) for operand in given)]
     if sinks_H is not None:
         specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -377,14 +401,7 @@ def attention(
         "o": pl.BlockSpec((1, 1, blocks.q, Cv), lambda b, h, i, *_: (b, h, i, 0)),
         "lse": pl.BlockSpec((1, 1, 1, blocks.q), lambda b, h, i, *_: (b, h, 0, i)),
     }
-    scratch = {
-        "q_scaled": ((blocks.q, C), q_BHTC.dtype),
-        "v_t": ((Cv, keys), v_BKSC.dtype),
-        "m": ((1, blocks.q), jnp.float32),
-        "l": ((1, blocks.q), jnp.float32),
-        "o_t": ((Cv, blocks.q), jnp.float32),
-        "scores": ((blocks.slots, blocks.kv, blocks.tile), jnp.float32),
-    }
+    scratch = _scratch(blocks, C, Cv, keys, q_BHTC.dtype)
     # The operands' arrays are arguments of the call; the kernel's body must not close over them.
     bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)

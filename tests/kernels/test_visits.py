@@ -1,0 +1,156 @@
+"""The kernels' tables: every pair that may attend is visited once, and open visits hide nothing."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.kernels.flash_attention import backward_visits
+from llm_jax.kernels.flash_attention import blocks
+from llm_jax.kernels.flash_attention import forward_visits
+from llm_jax.kernels.flash_attention import masks
+from tests.kernels import attention_oracle
+from tests.kernels import mask_trees
+
+FORWARD = forward_visits.Blocks(q=4, kv=4, tile=2, chunk=2, lead=1, lag=1)
+BACKWARD = backward_visits.Blocks(4, 4, 2, 2, 1, 1, 2, 2)
+
+
+def _placed(mask, is_traced):
+    """Returns the mask with arrays of the program instead of numpy's."""
+    return jax.tree.map(jnp.asarray, mask) if is_traced else mask
+
+
+def _wanted(case):
+    mask, num_queries, num_keys, offset, _, _ = case
+    return attention_oracle.allowed(mask, mask_trees.B, num_queries, num_keys, offset)
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(mask_trees.cases())
+def test_forward_visits_cover_the_mask_once(is_traced, case):
+    mask, num_queries, num_keys, offset, _, _ = case
+    mask = _placed(mask, is_traced)
+    visits = forward_visits.make_visits(mask, num_queries, num_keys, FORWARD, offset)
+    start, stop, kv = (np.asarray(x) for x in (visits.start, visits.stop, visits.kv))
+    num_blocks = -(-num_queries // FORWARD.q)
+    wanted = _wanted(case)
+    for b, i in np.ndindex(mask_trees.B, num_blocks):
+        row = (b * num_blocks if visits.is_per_row else 0) + i
+        count = np.zeros((FORWARD.q, num_keys + FORWARD.kv), int)
+        is_open = np.zeros_like(count, bool)
+        ends, previous = [], None
+        for n, kind in enumerate(visits.kinds):
+            begin, end = (table[row * len(visits.kinds) + n] for table in (start, stop))
+            ends += [(kind.is_first, kind.is_last)] * (end - begin)
+            # The kernel looks up the next visit before this one is over.
+            assert previous in (None, begin) or begin == end
+            previous = end if end > begin else previous
+            for j in kv[begin:end]:
+                for r, of_tile in enumerate(kind.pattern):
+                    for c, part in enumerate(of_tile):
+                        at_q = slice(r * FORWARD.tile, (r + 1) * FORWARD.tile)
+                        at_k = j * FORWARD.kv + c * FORWARD.chunk
+                        at = at_q, slice(at_k, at_k + FORWARD.chunk)
+                        count[at] += part != forward_visits.SKIP
+                        is_open[at] |= part == forward_visits.OPEN
+        assert [first for first, _ in ends] == [True] + [False] * (len(ends) - 1)
+        assert [last for _, last in ends] == [False] * (len(ends) - 1) + [True]
+        here = wanted[b, i * FORWARD.q : (i + 1) * FORWARD.q]
+        assert count.max() <= 1
+        assert (count[: len(here), :num_keys] >= here).all()
+        assert (here | ~is_open[: len(here), :num_keys]).all()
+        assert not is_open[:, num_keys:].any()
+
+
+@pytest.mark.parametrize("is_q_outer", [False, True])
+@pytest.mark.parametrize("is_traced", [False, True])
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(mask_trees.cases())
+def test_backward_visits_cover_the_mask_once(is_traced, is_q_outer, case):
+    mask, num_queries, num_keys, offset, _, _ = case
+    mask = _placed(mask, is_traced)
+    visits = backward_visits.make_visits(
+        mask, num_queries, num_keys, BACKWARD, offset, is_q_outer=is_q_outer
+    )
+    tiles = np.asarray(visits.tiles)
+    wanted = _wanted(case)
+    flags = {name: getattr(backward_visits, name) for name in ("FIRST_K", "LAST_K")}
+    flags |= {name: getattr(backward_visits, name) for name in ("FIRST_Q", "LAST_Q")}
+    for b in range(mask_trees.B):
+        base = b * visits.num_visits if visits.is_per_row else 0
+        columns = {
+            name: np.asarray(x)[base : base + visits.num_visits]
+            for name, x in visits.columns.items()
+        }
+        count = np.zeros((num_queries + 8, num_keys + 8), int)
+        is_open = np.zeros_like(count, bool)
+        for n in range(visits.num_visits):
+            column = {name: int(x[n]) for name, x in columns.items()}
+            opens = column["open_turns"] * BACKWARD.open_unroll
+            num_masked = column["masked_turns"] * BACKWARD.masked_unroll + column["masked_rest"]
+            lists = (
+                (column["open_start"], opens, BACKWARD.open_q, BACKWARD.open_k, True),
+                (column["masked_start"], num_masked, BACKWARD.masked_q, BACKWARD.masked_k, False),
+            )
+            for first, number, size_q, size_k, is_open_list in lists:
+                for tile in tiles[first : first + number]:
+                    t = column["q_block"] * BACKWARD.macro_q + (tile & 0xFFFF) * size_q
+                    s = column["k_block"] * BACKWARD.macro_k + (tile >> 16) * size_k
+                    at = slice(t, t + size_q), slice(s, s + size_k)
+                    count[at] += 1
+                    is_open[at] |= is_open_list
+        inside = np.s_[:num_queries, :num_keys]
+        assert count.max() <= 1
+        assert (count[inside] >= wanted[b]).all()
+        assert (wanted[b] | ~is_open[inside]).all()
+        assert is_open.sum() == is_open[inside].sum()
+        # All blocks are begun once, ended once, and the queries' gradients leave in that order.
+        for axis, name in (("K", "k_block"), ("Q", "q_block")):
+            for end in ("FIRST", "LAST"):
+                marked = columns[name][columns["flags"] & flags[f"{end}_{axis}"] != 0]
+                length, macro = (
+                    (num_keys, BACKWARD.macro_k) if axis == "K" else (num_queries, BACKWARD.macro_q)
+                )
+                assert sorted(marked) == list(range(-(-length // macro)))
+        is_last = columns["flags"] & flags["LAST_Q"] != 0
+        np.testing.assert_array_equal(columns["dq_block"][is_last], columns["q_block"][is_last])
+
+
+def test_work_is_in_proportion_to_what_is_open():
+    chosen = blocks.for_device("TPU v5 lite", 128)
+
+    def pairs(mask, length):
+        forward = forward_visits.make_visits(mask, length, length, chosen.forward)
+        parts = sum(
+            (stop - start) * np.sum(np.asarray(kind.pattern) != forward_visits.SKIP)
+            for start, stop, kind in zip(
+                forward.start, forward.stop, forward.kinds * (length // chosen.forward.q)
+            )
+        )
+        columns = backward_visits.make_visits(mask, length, length, chosen.backward).columns
+        opens = columns["open_turns"].sum() * chosen.backward.open_unroll
+        masked = columns["masked_turns"] * chosen.backward.masked_unroll + columns["masked_rest"]
+        backward = opens * chosen.backward.open_q**2 + masked.sum() * chosen.backward.masked_q**2
+        return parts * chosen.forward.tile * chosen.forward.chunk, backward
+
+    length, block = 8192, 256
+    diagonal = length * block / 2
+    causal = length**2 / 2 + diagonal
+    assert pairs(masks.causal(), length) == (causal, causal)
+    # Beyond the open pairs, half a block on either side of the band.
+    window = 1024
+    band = length * window - window**2 / 2
+    for work in pairs(masks.local_window(window - 1, 0), length):
+        assert work <= (band + 2 * diagonal) * 1.15
+
+
+def test_sizes_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match="kv by chunk"):
+        forward_visits.Blocks(kv=1000)
+    with pytest.raises(ValueError, match="macro_k, open_k, masked_k"):
+        backward_visits.Blocks(masked_k=384)
+    with pytest.raises(ValueError, match="'GPU'.*TPU v5 lite"):
+        blocks.for_device("GPU", 64)
