@@ -2,8 +2,11 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
@@ -43,6 +46,9 @@ def attention(
       ValueError: shapes that do not fit each other, or an unknown implementation.
     """
     _check_shapes(q_BTKGC, k_BSKC, v_BSKC, bias, sinks_KG)
+    others = {"mask": mask, "bias": bias, "sinks_KG": sinks_KG}
+    placed = _like_queries(others, q_BTKGC)
+    mask, bias, sinks_KG = (placed[name] for name in others)
     device_kind = _device_kind()
     if implementation == "auto":
         implementation = _choose(q_BTKGC, bias, chunk, device_kind)
@@ -67,6 +73,22 @@ def attention(
     raise ValueError(
         f"attention implementation {implementation!r} is none of auto, reference, chunked, pallas"
     )
+
+
+def _like_queries(tree: dict[str, Any], q_BTKGC: jax.Array) -> dict[str, Any]:
+    """Returns what belongs to rows, queries or heads, wherever it lies, cut over devices as they are."""
+    axes = dict(zip("BTKG", (*jax.typeof(q_BTKGC).sharding.spec, *(None,) * 5)))
+    if not any(axes.values()):
+        return tree
+
+    def cut(path, array):
+        letters = getattr(path[-1], "name", getattr(path[-1], "key", "")).rpartition("_")[2]
+        spec = [
+            axes.get(letter) if size > 1 else None for letter, size in zip(letters, array.shape)
+        ]
+        return jax.sharding.reshard(jnp.asarray(array), PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
 
 
 def _choose(q_BTKGC: jax.Array, bias: biases.Bias | None, chunk: int, device_kind: str) -> str:

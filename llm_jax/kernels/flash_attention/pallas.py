@@ -91,6 +91,8 @@ def _on_each_device(
 ):
     """Runs `local` where the arrays lie: a kernel cannot be cut up from outside.
 
+    Keys and values, and what belongs to rows and heads, lie as the queries do.
+
     Args:
       local: called with the axes that rows and key heads are cut over, and this device's pieces.
       outs: letters of the results.
@@ -111,21 +113,7 @@ def _on_each_device(
     def spec(letters: str) -> PartitionSpec:
         return PartitionSpec(*(axes.get(letter) for letter in letters))
 
-    def placed(letters, array):
-        return jax.sharding.reshard(jnp.asarray(array), spec(letters))
-
-    def placed_leaf(path, leaf):
-        suffix = path[-1].name.rpartition("_")[2] if path else ""
-        return placed(suffix if suffix.isupper() else "", leaf)
-
-    # What may lie anywhere is brought to the rows and heads of the queries.
-    trees = (mask, bias, dropout, q_offset)
-    mask, bias, dropout, q_offset = (
-        jax.tree_util.tree_map_with_path(placed_leaf, tree) for tree in trees
-    )
-    sinks_KG = None if sinks_KG is None else placed("KG", sinks_KG)
-    k_BSKC, v_BSKC = placed("BSKC", k_BSKC), placed("BSKC", v_BSKC)
-    extra = (placed(letters, array) for letters, array in more)
+    extra = (jax.sharding.reshard(array, spec(letters)) for letters, array in more)
     out_specs = tuple(spec(letters) for letters in outs)
     run = jax.shard_map(local, out_specs=out_specs, check_vma=False)
     return run(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
@@ -231,7 +219,6 @@ def _backward(static, residuals, dy_BTKGC):
     if sinks_KG is not None:
         # A sink is a key whose value is zero: its weight times what the others lose to it.
         weights_BKGT = jnp.exp(sinks_KG[..., None] - lse_BKGT)
-        weights_BKGT = jnp.where(lse_BKGT <= forward.EMPTY, 0.0, weights_BKGT)
         dsinks = -jnp.sum(weights_BKGT * delta_BKGT, axis=(0, 3)).astype(sinks_KG.dtype)
     dmask, ddropout, doffset = (jax.tree.map(_no_gradient, x) for x in (mask, dropout, q_offset))
     dbias = _bias_gradient(static, arrays, dy_BTKGC)

@@ -80,9 +80,9 @@ def masked_softmax(
     if sinks_KG is None:
         weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
     else:
-        shape = (*scores_BKGTS.shape[:-1], 1)
-        sinks = jnp.broadcast_to(sinks_KG[:, :, None, None].astype(scores_BKGTS.dtype), shape)
-        with_sink = jnp.concatenate([scores_BKGTS, sinks], axis=-1)
+        # Onto zeros, so that it lies as the scores do.
+        sinks_BKGT1 = jnp.zeros_like(scores_BKGTS[..., :1]) + sinks_KG[:, :, None, None]
+        with_sink = jnp.concatenate([scores_BKGTS, sinks_BKGT1], axis=-1)
         weights_BKGTS = jax.nn.softmax(with_sink, axis=-1)[..., :-1]
     return jnp.where(allowed, weights_BKGTS, 0.0)
 
