@@ -47,6 +47,7 @@ VARIANTS = {
     "post_norm": {"norm_placement": "post", "norm": "layernorm"},
     "biases": {"use_bias": True, "norm": "layernorm", "norm_epsilon": 1e-3},
     "chunked": {"attention": "chunked", "attention_chunk": 5},
+    "kernels": {"attention": "pallas", "window": 6, "attention_softcap": 2.0},
     "chunked_window_alibi": {
         "attention": "chunked",
         "attention_chunk": 5,
