@@ -66,7 +66,7 @@ def keep_freed_memory() -> bool:
     """Makes a process on a CPU keep the memory that its steps free; returns whether it does.
 
     There each step's temporary buffers are malloc's, and glibc gives large ones back to the system
-    when the step ends: the next one pays for every page anew, up to a fifth of its time. Only the
+    when the step ends: the next one pays for every page anew. Only the
     main thread's heap can keep them, so programs are run by the thread that calls them: call this
     before JAX touches a device. Where there may be an accelerator nothing is changed, nor where the
     C library is not glibc.

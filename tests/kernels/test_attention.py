@@ -12,7 +12,7 @@ import pytest
 
 from llm_jax.kernels.flash_attention import backward_visits
 from llm_jax.kernels.flash_attention import biases
-from llm_jax.kernels.flash_attention import blocks
+from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
@@ -24,7 +24,7 @@ from tests.kernels import attention_oracle
 B, T, S, K, G, C = 2, 11, 11, 2, 3, 4
 IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
 # So small that 11 queries and keys are several blocks, of several tiles and chunks, all ragged.
-BLOCKS = blocks.Blocks(
+BLOCKS = blocks_lib.Blocks(
     forward_visits.Blocks(q=8, kv=4, tile=4, chunk=2, lead=2, lag=1),
     backward_visits.Blocks(8, 8, 4, 4, 2, 2, 2, 2),
 )
@@ -114,10 +114,10 @@ def named(name):
     return _case(changes, **sizes)
 
 
-def attend(case, extra, implementation, dtype="float32"):
+def attend(case, extra, implementation, dtype="float32", blocks=BLOCKS):
     """Returns the operation as a function of the case's parameters; chunks do not divide 11."""
     how = {"mask": jax.tree.map(jnp.asarray, case.mask), "scale": case.scale}
-    how |= {"q_offset": case.q_offset, "softcap": case.softcap, "blocks": BLOCKS} | extra
+    how |= {"q_offset": case.q_offset, "softcap": case.softcap, "blocks": blocks} | extra
 
     def run(parameters):
         rest = {name: x for name, x in parameters.items() if name not in ("q", "k", "v")}
@@ -131,25 +131,24 @@ def parameters_of(case):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), attention_oracle.parameters(case))
 
 
-def _skip_untaken(name, implementation):
-    """Skips what an implementation says that it does not take; a test below holds it to its word."""
-    if implementation == "pallas" and name in NOT_IN_KERNELS:
-        pytest.skip("no kernel")
+# What the kernels do not take a test below holds them to say.
+PAIRS = [
+    (name, implementation)
+    for name in CASES
+    for implementation in IMPLEMENTATIONS
+    if implementation != "pallas" or name not in NOT_IN_KERNELS
+]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, implementation", PAIRS)
 def test_attention_equals_the_oracle(name, implementation):
-    _skip_untaken(name, implementation)
     case, extra = named(name)
     y = jax.jit(attend(case, extra, implementation))(parameters_of(case))
     helpers.assert_close(y, attention_oracle.attention(case))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, implementation", PAIRS)
 def test_every_gradient_equals_the_oracles_slope(name, implementation):
-    _skip_untaken(name, implementation)
     case, extra = named(name)
     rng = np.random.default_rng(1)
     probe = rng.standard_normal((*case.q.shape[:-1], case.v.shape[-1]))
@@ -164,10 +163,8 @@ def test_every_gradient_equals_the_oracles_slope(name, implementation):
         assert slope == pytest.approx(wanted, rel=2e-5, abs=2e-5), argument
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, implementation", [p for p in PAIRS if p[1] != "reference"])
 def test_gradients_equal_those_of_the_reference(name, implementation):
-    _skip_untaken(name, implementation)
     case, extra = named(name)
     parameters = parameters_of(case)
     shape = (*case.q.shape[:-1], case.v.shape[-1])
@@ -381,6 +378,34 @@ def test_scores_that_do_not_fit_are_named(extra, shape):
     with pytest.raises(ValueError) as error:
         op.attention(q, k, v, **how, **extra)
     assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["causal", "packed", "everything"])
+def test_gradients_that_do_not_fit_at_once_are_made_in_two_runs(name):
+    """Of the queries and of the keys, each by a run of the kernel."""
+    case, extra = named(name)
+    parameters = parameters_of(case)
+    small = dataclasses.replace(BLOCKS, backward=dataclasses.replace(BLOCKS.backward, vmem_bytes=1))
+
+    def program(sizes):
+        run = attend(case, extra, "pallas", blocks=sizes)
+        return jax.jit(jax.grad(lambda p: jnp.sum(run(p) ** 2)))
+
+    def num_kernels(sizes):
+        return str(jax.make_jaxpr(program(sizes))(parameters)).count("flash_attention_backward")
+
+    assert num_kernels(small) == 2 * num_kernels(BLOCKS) > 0
+    helpers.assert_close(program(small)(parameters), program(BLOCKS)(parameters), 2e-5)
+
+
+def test_keys_that_do_not_fit_are_named():
+    q = jax.ShapeDtypeStruct((1, 2**18, 1, 1, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 2**18, 1, 128), jnp.bfloat16)
+    run = functools.partial(
+        op.attention, mask=masks.causal(), scale=1.0, implementation="pallas", chunk=2**17
+    )
+    with pytest.raises(ValueError, match="262144 of widths 128 and 128 need .* use 'chunked'"):
+        jax.eval_shape(run, q, k, k)
 
 
 @pytest.mark.parametrize("name", NOT_IN_KERNELS)

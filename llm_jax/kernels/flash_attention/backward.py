@@ -152,13 +152,13 @@ def run(
 
 
 def _fits_at_once(
-    blocks: backward_visits.Blocks, T: int, group: int, widths: int, size: int
+    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int
 ) -> bool:
     """Whether the queries' gradients of a group fit in VMEM beside all else that the kernel holds."""
-    rows = blocks.macro_q + blocks.macro_k
+    rows, widths = blocks.macro_q + blocks.macro_k, C + Cv
     windows, copies = 4 * size * rows * widths, size * rows * widths + 4 * blocks.macro_k * widths
     tiles = 6 * 4 * blocks.open_q * blocks.open_k
-    sums = 4 * group * -(-T // blocks.macro_q) * blocks.macro_q * widths // 2
+    sums = 4 * group * -(-T // blocks.macro_q) * blocks.macro_q * C
     return sums + windows + copies + tiles <= blocks.vmem_bytes
 
 
@@ -208,7 +208,7 @@ def attention(
         name: jax.ShapeDtypeStruct(arrays[source].shape, arrays[source].dtype)
         for name, source in (("dq", "q_in"), ("dk", "k_in"), ("dv", "v_in"))
     }
-    for name, x_BHT in (("lse", lse_BHT * backward_kernel.LOG2E), ("delta", delta_BHT)):
+    for name, x_BHT in (("lse", lse_BHT * scores_lib.LOG2E), ("delta", delta_BHT)):
         arrays[name] = _in_pieces(x_BHT, blocks.masked_q, blocks.macro_q)
     for operand in given:
         sizes = {
@@ -224,7 +224,7 @@ def attention(
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
     plan = backward_kernel.Plan(blocks, shell, bare, T, S, H // K, is_c_first, True, True)
     runs = [(plan, list(outs))]
-    if not _fits_at_once(blocks, T, H // K, C + Cv, q_BHTC.dtype.itemsize):
+    if not _fits_at_once(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize):
         runs = [
             (dataclasses.replace(plan, has_dq=False), ["dk", "dv"]),
             (dataclasses.replace(plan, has_dkv=False), ["dq"]),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -12,7 +11,6 @@ from llm_jax.kernels.flash_attention import backward_visits
 from llm_jax.kernels.flash_attention import forward
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
-LOG2E = math.log2(math.e)
 _NT = ((1,), (1,))
 _NN = ((1,), (0,))
 
@@ -52,11 +50,6 @@ class Plan:
     @property
     def is_ragged(self) -> bool:
         return bool(self.num_queries % self.blocks.macro_q or self.num_keys % self.blocks.macro_k)
-
-    @property
-    def query_factor(self) -> float:
-        """Folded into the queries, exactly as in the forward kernel."""
-        return self.parts.scale * (1.0 if self.parts.changes_scores else LOG2E)
 
     @property
     def pieces(self) -> tuple[int, int]:
@@ -117,7 +110,7 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
     t, slope = parts.slots(q_index), None
     if parts.changes_scores:
         s_ST, slope = parts.changed(s_ST, t, k_index)
-        s_ST *= LOG2E
+        s_ST *= scores_lib.LOG2E
     p_ST = jnp.exp2(s_ST - lse_1T)
     if is_masked:  # probabilities, not scores: a query that sees no key has no logsumexp to trust
         is_allowed = parts.mask.allowed(t, k_index)
@@ -155,7 +148,7 @@ def _add_dkv(plan: Plan, refs, p_ST, ds_ST, q, do, j, num_k: int, at_k) -> None:
 
 
 def _load(plan: Plan, refs, flags, g, place, dq_at) -> None:
-    """What a macro block needs once: accumulators cleared, queries scaled, transposed copies, delta."""
+    """What a macro block needs once: accumulators cleared, queries scaled, transposed copies."""
     _, _, origin_q, origin_k = place
     blocks, (num_q, num_k) = plan.blocks, plan.pieces
     left_q, left_k = plan.num_queries - origin_q, plan.num_keys - origin_k
@@ -169,7 +162,7 @@ def _load(plan: Plan, refs, flags, g, place, dq_at) -> None:
         return _zero_past(x, axis, left - n * unit) if plan.is_ragged else x
 
     def scaled(x):
-        return (x.astype(jnp.float32) * plan.query_factor).astype(x.dtype)
+        return (x.astype(jnp.float32) * plan.parts.query_factor).astype(x.dtype)
 
     if plan.has_dkv:
 
@@ -210,7 +203,7 @@ def _store(plan: Plan, refs, flags, g, dq_at) -> None:
     """Gradients leave as they are complete; factors that all elements share are applied here, once."""
     blocks, (num_q, num_k) = plan.blocks, plan.pieces
     # Keys met queries that were scaled already.
-    scale, k_scale = plan.parts.scale, plan.parts.scale / plan.query_factor
+    scale, k_scale = plan.parts.scale, plan.parts.scale / plan.parts.query_factor
 
     def put(ref, n: int, unit: int, x_CN):
         at = slice(n * unit, (n + 1) * unit)

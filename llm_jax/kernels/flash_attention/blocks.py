@@ -34,13 +34,18 @@ _BY_DEVICE = {
 }
 
 
+def is_known(device_kind: str) -> bool:
+    """Returns whether there are sizes for a device."""
+    return device_kind in _BY_DEVICE
+
+
 def for_device(device_kind: str, width: int) -> Blocks:
     """Returns the sizes for heads of `width`.
 
     Raises:
       ValueError: a device that the kernels are not made for.
     """
-    if device_kind not in _BY_DEVICE:
+    if not is_known(device_kind):
         raise ValueError(
             f"attention 'pallas' has no block sizes for {device_kind!r}, only for"
             f" {', '.join(_BY_DEVICE)}"

@@ -17,7 +17,6 @@ After FlashAttention (Dao et al. 2022, algorithm 1) with its online softmax. Thr
 
 import dataclasses
 import functools
-import math
 
 import jax
 from jax import lax
@@ -32,8 +31,9 @@ from llm_jax.kernels.flash_attention import scores as scores_lib
 EMPTY = -1e30
 # Score of a masked pair, so much lower that exp2(MASKED - EMPTY) is 0: such a query sums to 0.
 _MASKED = -3e38
-_LOG2E = math.log2(math.e)
 _MIB = 2**20
+# Of the 128 MiB that a v5e or v6e has.
+VMEM_LIMIT = 100 * _MIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,6 @@ class _Static:
     operands: tuple[scores_lib.Operand, ...]
     num_keys: int
     group: int
-
-    @property
-    def query_factor(self) -> float:
-        """Folded into the queries: with the base-2 exponent too, unless scores are changed after."""
-        return self.parts.scale * (1.0 if self.parts.changes_scores else _LOG2E)
 
 
 class _Tile:
@@ -111,7 +106,7 @@ class _Visit:
         tile, refs = self.tiles[r], self.refs
         if tile.q is None and self.is_first:
             q_RC = refs["q"][0, 0, self.queries(r), :]
-            tile.q = (q_RC.astype(jnp.float32) * self.static.query_factor).astype(q_RC.dtype)
+            tile.q = (q_RC.astype(jnp.float32) * self.static.parts.query_factor).astype(q_RC.dtype)
             if not self.is_last:
                 refs["q_scaled"][self.queries(r), :] = tile.q
         elif tile.q is None:
@@ -162,7 +157,7 @@ class _Visit:
         parts = self.parts(r, c)
         t = parts.slots(q_index)
         if parts.changes_scores:
-            x_SR = parts.changed(x_SR, t, s)[0] * _LOG2E
+            x_SR = parts.changed(x_SR, t, s)[0] * scores_lib.LOG2E
         if not is_masked:
             return x_SR
         is_allowed = parts.mask.allowed(t, s)
@@ -174,7 +169,7 @@ class _Visit:
         """Maximum and sum before the first key: of nothing, or of the sink, a key without a value."""
         if "sinks" not in self.refs:
             return EMPTY, 0.0
-        return self.refs["sinks"][self.h] * _LOG2E, 1.0
+        return self.refs["sinks"][self.h] * scores_lib.LOG2E, 1.0
 
     def maximum(self, r: int):
         """Stage 2: the new running maximum, and the factor for what came before."""
@@ -223,7 +218,7 @@ class _Visit:
         # A query that saw nothing but masked keys has EMPTY for a maximum, or its sink.
         inverse = jnp.where(l_1R == 0, 0.0, 1.0 / l_1R)
         refs["o"][0, 0, at, :] = (o_CR * inverse).T.astype(refs["o"].dtype)
-        lse_1R = jnp.where(l_1R == 0, EMPTY, (m_1R + jnp.log2(l_1R)) * (1 / _LOG2E))
+        lse_1R = jnp.where(l_1R == 0, EMPTY, (m_1R + jnp.log2(l_1R)) * (1 / scores_lib.LOG2E))
         refs["lse"][0, 0, :, at] = lse_1R
 
     def idle(self, r: int):
@@ -329,7 +324,7 @@ def _operand_spec(operand: scores_lib.Operand, q_block: int, keys: int) -> pl.Bl
     return pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
-def as_argument(operand: scores_lib.Operand) -> jax.Array:
+def _as_argument(operand: scores_lib.Operand) -> jax.Array:
     """Returns an operand in the shape that a kernel takes: [B, 1, T or S], [B], [H] or [1]."""
     array = operand.array
     return array[:, None, :] if operand.dims in ("BT", "BS") else array.reshape(-1)
@@ -393,7 +388,7 @@ def attention(
     group, keys = H // K, -(-S // blocks.kv) * blocks.kv
     given = scores_lib.operands(parts, H)
     specs = _specs(blocks, C, Cv, keys, group, given)
-    arguments = [q_BHTC, k_BKSC, v_BKSC, *(as_argument(operand) for operand in given)]
+    arguments = [q_BHTC, k_BKSC, v_BKSC, *(_as_argument(operand) for operand in given)]
     if sinks_H is not None:
         specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
         arguments.append(sinks_H.astype(jnp.float32))
@@ -444,4 +439,4 @@ def vmem_bytes(C: int, Cv: int, keys: int, blocks: forward_visits.Blocks, dtype)
     resident = 2 * keys * (lanes(C) + lanes(Cv)) * size + keys * Cv * size
     rows = blocks.q * (3 * lanes(C) + 2 * lanes(Cv)) * size + blocks.q * (Cv + 32) * 4
     buffers = blocks.slots * blocks.kv * blocks.tile * 4
-    return min(100 * _MIB, resident + rows + buffers + 12 * _MIB)
+    return resident + rows + buffers + 12 * _MIB

@@ -37,7 +37,7 @@ def attention(
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
-    `auto` takes `pallas` on TPUs where sequences are whole and the kernels take the bias; else
+    `auto` takes `pallas` on TPUs where the kernels take the arguments (`pallas.refusal`); else
     `chunked` for more queries than one chunk holds (the scores would weigh more than the rest of the
     layer), and `reference` below. The log says what it took. `pallas` runs TPU kernels for the devices
     of the mesh that is set, and interprets them on a CPU; `blocks` overrides its table.
@@ -51,7 +51,7 @@ def attention(
     mask, bias, sinks_KG = (placed[name] for name in others)
     device_kind = _device_kind()
     if implementation == "auto":
-        implementation = _choose(q_BTKGC, bias, chunk, device_kind)
+        implementation = _choose(q_BTKGC, v_BSKC, bias, chunk, device_kind)
         _say(implementation, q_BTKGC.shape[1], device_kind)
     how = {
         "mask": mask,
@@ -91,11 +91,17 @@ def _like_queries(tree: dict[str, Any], q_BTKGC: jax.Array) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(cut, tree)
 
 
-def _choose(q_BTKGC: jax.Array, bias: biases.Bias | None, chunk: int, device_kind: str) -> str:
-    spec = (*jax.typeof(q_BTKGC).sharding.spec, None, None)
-    is_taken = not pallas.is_cut(spec[1]) and isinstance(bias, biases.Alibi | None)
-    if device_kind.startswith("TPU") and is_taken:
-        return "pallas"
+def _choose(
+    q_BTKGC: jax.Array,
+    v_BSKC: jax.Array,
+    bias: biases.Bias | None,
+    chunk: int,
+    device_kind: str,
+) -> str:
+    if device_kind.startswith("TPU") and blocks_lib.is_known(device_kind):
+        blocks = blocks_lib.for_device(device_kind, q_BTKGC.shape[-1])
+        if pallas.refusal(q_BTKGC, v_BSKC, bias, blocks) is None:
+            return "pallas"
     return "chunked" if q_BTKGC.shape[1] > chunk else "reference"
 
 

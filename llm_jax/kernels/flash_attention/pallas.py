@@ -57,19 +57,42 @@ def attention(
     Raises:
       ValueError: a device without kernels, or a score, length or sharding that they do not take.
     """
-    if bias is not None and not isinstance(bias, biases.Alibi):
-        raise ValueError(f"attention 'pallas' takes no bias of kind {type(bias).__name__}")
+    chosen = blocks or blocks_lib.for_device(device_kind, q_BTKGC.shape[-1])
+    reason = refusal(q_BTKGC, v_BSKC, bias, chosen)
+    if reason is not None:
+        raise ValueError(f"attention 'pallas' {reason}; use 'chunked'")
     is_known = isinstance(q_offset, int)
     static = _Static(
         scale,
         softcap,
         q_offset if is_known else None,
         chunk,
-        blocks or blocks_lib.for_device(device_kind, q_BTKGC.shape[-1]),
+        chosen,
         device_kind == "cpu",
     )
     extra = (mask, bias, sinks_KG, dropout, None if is_known else q_offset)
     return _attention(static, q_BTKGC, k_BSKC, v_BSKC, *extra)
+
+
+def refusal(
+    q_BTKGC: jax.Array, v_BSKC: jax.Array, bias: biases.Bias | None, blocks: blocks_lib.Blocks
+) -> str | None:
+    """Returns why the kernels do not take these arguments, or None where they do."""
+    if not isinstance(bias, biases.Alibi | None):
+        return f"takes no bias of kind {type(bias).__name__}"
+    spec = jax.typeof(q_BTKGC).sharding.spec
+    if is_cut((*spec, None, None)[1]):
+        return f"needs whole sequences, queries are sharded {spec}"
+    S, C, Cv = v_BSKC.shape[1], q_BTKGC.shape[-1], v_BSKC.shape[-1]
+    sizes = blocks.forward.fit(q_BTKGC.shape[1])
+    keys = -(-S // sizes.kv) * sizes.kv
+    needed = forward.vmem_bytes(C, Cv, keys, sizes, q_BTKGC.dtype)
+    if needed > forward.VMEM_LIMIT:
+        return (
+            f"holds the keys and values of a head in VMEM: {S} of widths {C} and {Cv} need"
+            f" {needed >> 20} MiB of {forward.VMEM_LIMIT >> 20}"
+        )
+    return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,8 +123,6 @@ def _on_each_device(
     """
     q_spec = jax.typeof(q_BTKGC).sharding.spec
     row_axes, length_axes, k_axes, g_axes = (*q_spec, *(None,) * 4)[:4]
-    if is_cut(length_axes):
-        raise ValueError(f"attention 'pallas' needs whole sequences, queries are sharded {q_spec}")
     if dropout is not None and is_cut(g_axes):
         raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
     axes = {"B": row_axes, "T": length_axes, "K": k_axes, "G": g_axes}

@@ -7,6 +7,7 @@ inside, the same objects are put together again around the pieces that a block n
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import masks
+
+LOG2E = math.log2(math.e)
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +48,14 @@ class Parts:
         """Whether scores are changed before the softmax, apart from scale and mask."""
         return self.softcap is not None or self.bias is not None
 
+    @property
+    def query_factor(self) -> float:
+        """Folded into the queries: with the base-2 exponent too, unless scores are changed after.
+
+        Both kernels round the queries after it, so that the backward pass meets the same scores.
+        """
+        return self.scale * (1.0 if self.changes_scores else LOG2E)
+
     def slots(self, q_index: jax.Array) -> jax.Array:
         """Returns the slots of queries by their place in the array."""
         return q_index + (self.static_offset if self.q_offset is None else self.q_offset)
@@ -63,6 +74,7 @@ class Operand:
     """One array of `Parts` on its way into a kernel.
 
     Attributes:
+      name: its own among the operands.
       dims: "BT" for each query, "BS" for each key, "B" a row, "H" a head, "" a scalar.
     """
 
