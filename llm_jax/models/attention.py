@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from flax import nnx
 import jax
-from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from llm_jax import config as config_lib
@@ -127,7 +126,6 @@ class Attention(nnx.Module):
             )
         else:
             y_BTKGC = decode_op.attention(q_BTKGC, cache.k_BKCS, cache.v_BKSC, **scores)
-        y_BTKGC = ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
         y_BTD = layers.project(
             "BTKGC,KGCD->BTD", y_BTKGC, self.out_KGCD, self.out_bias_D, self.rules.act("BTD")
         )

@@ -9,6 +9,7 @@ from llm_jax.kernels.decode_attention import op
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import reference
+from tests import helpers
 
 B, S, K, G, C = 3, 11, 2, 3, 4
 SEGMENTS_BS = jnp.asarray(np.arange(S)[None, :] >= np.asarray([0, 4, S])[:, None], jnp.int32)
@@ -58,6 +59,28 @@ def test_a_query_that_sees_nothing_gets_zeros():
     y_BTKGC = _attend(*_inputs("float32"), mask=mask, scale=0.5, q_offset=S - 1)
     assert np.all(np.asarray(y_BTKGC[2]) == 0.0)
     assert np.all(np.any(np.asarray(y_BTKGC[:2]) != 0.0, axis=-1))
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_heads_may_lie_on_several_devices(num_queries):
+    """Slopes, sinks and lengths are whole everywhere, as a model makes them."""
+    q_BTKGC, k_BSKC, v_BSKC = _inputs("float32", num_queries)
+    how = {
+        "mask": masks.causal() & masks.KeysBelow(jnp.asarray([5, 11, 9])),
+        "bias": biases.Alibi(jnp.linspace(0.1, 1.0, K * G).reshape(K, G)),
+        "sinks_KG": jnp.linspace(-1.0, 1.0, K * G).reshape(K, G),
+    }
+    how |= {"scale": 0.5, "q_offset": 6}
+    wanted = _attend(q_BTKGC, k_BSKC, v_BSKC, **how)
+    mesh, rules = helpers.make_mesh((1, 1, 1, 1, 2), "tp")
+
+    def put(letters, array):
+        return jax.device_put(array, jax.sharding.NamedSharding(mesh, rules.act(letters)))
+
+    placed = put("BTKGC", q_BTKGC), put("BSKC", k_BSKC), put("BSKC", v_BSKC)
+    with jax.set_mesh(mesh):
+        actual = jax.jit(lambda *qkv: _attend(*qkv, **how))(*placed)
+    helpers.assert_close(actual, wanted)
 
 
 def test_a_cache_in_the_layout_of_activations_is_refused():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from llm_jax.kernels.decode_attention import single_query
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import masks
+from llm_jax.kernels.flash_attention import placement
 from llm_jax.kernels.flash_attention import reference
 
 
@@ -40,14 +41,9 @@ def attention(
       ValueError: shapes that do not fit each other.
     """
     _check_shapes(q_BTKGC, k_BKCS, v_BKSC)
-    how = {
-        "mask": mask,
-        "scale": scale,
-        "q_offset": q_offset,
-        "softcap": softcap,
-        "bias": bias,
-        "sinks_KG": sinks_KG,
-    }
+    others = {"mask": mask, "bias": bias, "sinks_KG": sinks_KG}
+    how = placement.like_queries(others, q_BTKGC)
+    how |= {"scale": scale, "q_offset": q_offset, "softcap": softcap}
     if q_BTKGC.shape[1] == 1:
         return single_query.attention(q_BTKGC, k_BKCS, v_BKSC, **how)
     k_BSKC = jnp.transpose(k_BKCS, (0, 3, 1, 2))

@@ -2,11 +2,9 @@
 
 import functools
 import logging
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax import ad_checkpoint
 
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
@@ -14,6 +12,7 @@ from llm_jax.kernels.flash_attention import chunked
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
+from llm_jax.kernels.flash_attention import placement
 from llm_jax.kernels.flash_attention import reference
 
 _LOG = logging.getLogger(__name__)
@@ -42,12 +41,14 @@ def attention(
     layer), and `reference` below. The log says what it took. `pallas` runs TPU kernels for the devices
     of the mesh that is set, and interprets them on a CPU; `blocks` overrides its table.
 
+    The result is named `attention_output`, for remat policies.
+
     Raises:
       ValueError: shapes that do not fit each other, or an unknown implementation.
     """
     _check_shapes(q_BTKGC, k_BSKC, v_BSKC, bias, sinks_KG)
     others = {"mask": mask, "bias": bias, "sinks_KG": sinks_KG}
-    placed = _like_queries(others, q_BTKGC)
+    placed = placement.like_queries(others, q_BTKGC)
     mask, bias, sinks_KG = (placed[name] for name in others)
     device_kind = _device_kind()
     if implementation == "auto":
@@ -63,9 +64,11 @@ def attention(
         "dropout": dropout,
     }
     if implementation == "reference":
-        return reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how)
+        y_BTKGC = reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how)
+        return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
     if implementation == "chunked":
-        return chunked.attention(q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, **how)
+        y_BTKGC = chunked.attention(q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, **how)
+        return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
     if implementation == "pallas":
         return pallas.attention(
             q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, device_kind=device_kind, blocks=blocks, **how
@@ -73,22 +76,6 @@ def attention(
     raise ValueError(
         f"attention implementation {implementation!r} is none of auto, reference, chunked, pallas"
     )
-
-
-def _like_queries(tree: dict[str, Any], q_BTKGC: jax.Array) -> dict[str, Any]:
-    """Returns what belongs to rows, queries or heads, wherever it lies, cut over devices as they are."""
-    axes = dict(zip("BTKG", (*jax.typeof(q_BTKGC).sharding.spec, *(None,) * 5)))
-    if not any(axes.values()):
-        return tree
-
-    def cut(path, array):
-        letters = getattr(path[-1], "name", getattr(path[-1], "key", "")).rpartition("_")[2]
-        spec = [
-            axes.get(letter) if size > 1 else None for letter, size in zip(letters, array.shape)
-        ]
-        return jax.sharding.reshard(jnp.asarray(array), PartitionSpec(*spec))
-
-    return jax.tree_util.tree_map_with_path(cut, tree)
 
 
 def _choose(

@@ -18,6 +18,7 @@ from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import forward
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
+from llm_jax.kernels.flash_attention import placement
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 
@@ -81,7 +82,7 @@ def refusal(
     if not isinstance(bias, biases.Alibi | None):
         return f"takes no bias of kind {type(bias).__name__}"
     spec = jax.typeof(q_BTKGC).sharding.spec
-    if is_cut((*spec, None, None)[1]):
+    if placement.is_cut((*spec, None, None)[1]):
         return f"needs whole sequences, queries are sharded {spec}"
     S, C, Cv = v_BSKC.shape[1], q_BTKGC.shape[-1], v_BSKC.shape[-1]
     sizes = blocks.forward.fit(q_BTKGC.shape[1])
@@ -123,7 +124,7 @@ def _on_each_device(
     """
     q_spec = jax.typeof(q_BTKGC).sharding.spec
     row_axes, length_axes, k_axes, g_axes = (*q_spec, *(None,) * 4)[:4]
-    if dropout is not None and is_cut(g_axes):
+    if dropout is not None and placement.is_cut(g_axes):
         raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
     axes = {"B": row_axes, "T": length_axes, "K": k_axes, "G": g_axes}
     local = functools.partial(local, row_axes, k_axes)
@@ -138,12 +139,6 @@ def _on_each_device(
     out_specs = tuple(spec(letters) for letters in outs)
     run = jax.shard_map(local, out_specs=out_specs, check_vma=False)
     return run(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
-
-
-def is_cut(axes: str | Sequence[str] | None) -> bool:
-    """Returns whether a dimension on these axes of the mesh that is set lies on several devices."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return any(jax.sharding.get_abstract_mesh().shape[name] > 1 for name in names)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:

@@ -1,0 +1,30 @@
+"""Where the arrays of an attention lie on the mesh: as its queries do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+def is_cut(axes: str | Sequence[str] | None) -> bool:
+    """Returns whether a dimension on these axes of the mesh that is set lies on several devices."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return any(jax.sharding.get_abstract_mesh().shape[name] > 1 for name in names)
+
+
+def like_queries(tree: dict[str, Any], q_BTKGC: jax.Array) -> dict[str, Any]:
+    """Returns what belongs to rows, queries or heads, wherever it lies, cut over devices as they are."""
+    axes = dict(zip("BTKG", (*jax.typeof(q_BTKGC).sharding.spec, *(None,) * 5)))
+    if not any(axes.values()):
+        return tree
+
+    def cut(path, array):
+        letters = getattr(path[-1], "name", getattr(path[-1], "key", "")).rpartition("_")[2]
+        spec = [
+            axes.get(letter) if size > 1 else None for letter, size in zip(letters, array.shape)
+        ]
+        return jax.sharding.reshard(jnp.asarray(array), PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
