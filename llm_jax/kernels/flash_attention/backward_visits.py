@@ -143,11 +143,9 @@ def _tiles_by_macro(
     Both are [1 or B, macro q, macro k, tiles of q, tiles of k].
     """
     sizes = blocks.masked_q, blocks.masked_k
-    bounds = masks.block_bounds(mask, num_queries, num_keys, *sizes, q_offset)
-    xp = np if all(isinstance(x, np.ndarray | bool) for x in bounds) else jnp
-    shape = -(-num_queries // sizes[0]), -(-num_keys // sizes[1])
-    rows = max(np.ndim(x) and x.shape[0] for x in bounds) or 1
-    some, every = (xp.broadcast_to(x, (rows, *shape)) for x in bounds)
+    some, every = masks.block_bounds(mask, num_queries, num_keys, *sizes, q_offset)
+    xp = np if isinstance(some, np.ndarray) else jnp
+    rows, *shape = some.shape
     # Past the ends lies anything at all: a cut tile is masked, whatever the mask.
     whole_q = (np.arange(shape[0]) + 1) * sizes[0] <= num_queries
     whole_k = (np.arange(shape[1]) + 1) * sizes[1] <= num_keys

@@ -90,11 +90,11 @@ def _classes(
     mask: masks.Mask, num_queries: int, num_keys: int, blocks: Blocks, q_offset: Any
 ) -> Any:
     """Returns SKIP, OPEN or PART, [1 or B, q blocks, kv blocks, tiles, chunks]."""
-    bounds = masks.block_bounds(mask, num_queries, num_keys, blocks.tile, blocks.chunk, q_offset)
-    xp = np if all(isinstance(x, np.ndarray | bool) for x in bounds) else jnp
-    num_tiles, num_chunks = -(-num_queries // blocks.tile), -(-num_keys // blocks.chunk)
-    rows = max(np.ndim(x) and x.shape[0] for x in bounds) or 1
-    some, every = (xp.broadcast_to(x, (rows, num_tiles, num_chunks)) for x in bounds)
+    some, every = masks.block_bounds(
+        mask, num_queries, num_keys, blocks.tile, blocks.chunk, q_offset
+    )
+    xp = np if isinstance(some, np.ndarray) else jnp
+    rows, num_tiles, num_chunks = some.shape
     # Past the end of the keys lies anything at all: a cut chunk is masked, whatever the mask.
     is_whole = (np.arange(num_chunks) + 1) * blocks.chunk <= num_keys
     classes = xp.where(some, xp.where(every & is_whole, OPEN, PART), SKIP)

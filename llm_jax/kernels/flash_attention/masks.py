@@ -270,9 +270,13 @@ def block_bounds(
         return Interval(lo[_SPREAD[dims]], hi[_SPREAD[dims]])
 
     shape_t, shape_s = np.s_[None, :, None], np.s_[None, None, :]
-    return map_arrays(interval, mask).bounds(
+    bounds = map_arrays(interval, mask).bounds(
         Interval(t.lo[shape_t], t.hi[shape_t]), Interval(s.lo[shape_s], s.hi[shape_s])
     )
+    xp = jnp if any(isinstance(x, jax.Array) for x in bounds) else np
+    rows = max((array.shape[0] for array in jax.tree.leaves(mask)), default=1)
+    shape = rows, len(t.hi), len(s.hi)
+    return Bounds(*(xp.broadcast_to(x, shape) for x in bounds))
 
 
 def visible_keys(mask: Mask, queries: range, num_keys: int, q_offset: int, block: int) -> range:
