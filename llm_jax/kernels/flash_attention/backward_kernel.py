@@ -8,7 +8,6 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import backward_visits
-from llm_jax.kernels.flash_attention import forward
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 _NT = ((1,), (1,))
@@ -94,14 +93,14 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
         if is_masked and plan.is_ragged:
             k, v = (_zero_past(x, 0, plan.num_keys - k_start) for x in (k, v))
             do = _zero_past(do, 0, plan.num_queries - q_start)
-    s_ST, dp_ST = forward.dot(k, q, dims), forward.dot(v, do, dims)
+    s_ST, dp_ST = scores_lib.dot(k, q, dims), scores_lib.dot(v, do, dims)
 
     def piece(operand):
         ref = refs[operand.name]
         if operand.dims == "BT":
             return _wide(ref, i, num_q)
         if operand.dims == "BS":
-            return forward.column(_wide(ref, j, num_k))
+            return scores_lib.column(_wide(ref, j, num_k))
         return ref[{"B": b, "H": head, "": 0}[operand.dims]]
 
     q_index = q_start + lax.broadcasted_iota(jnp.int32, s_ST.shape, 1)
@@ -133,18 +132,18 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
         k_CS = _wide(refs["k_t"], j, num_k)
         for n in range(num_q):
             of_piece = ds_ST[:, n * blocks.masked_q : (n + 1) * blocks.masked_q]
-            refs["dq_sum"][dq_at + i + n] += forward.dot(k_CS, of_piece, _NN)
+            refs["dq_sum"][dq_at + i + n] += scores_lib.dot(k_CS, of_piece, _NN)
 
 
 def _add_dkv(plan: Plan, refs, p_ST, ds_ST, q, do, j, num_k: int, at_k) -> None:
     if not plan.is_c_first:
-        refs["dv_sum"][at_k, :] += forward.dot(p_ST, do, _NN)
-        refs["dk_sum"][at_k, :] += forward.dot(ds_ST, q, _NN)
+        refs["dv_sum"][at_k, :] += scores_lib.dot(p_ST, do, _NN)
+        refs["dk_sum"][at_k, :] += scores_lib.dot(ds_ST, q, _NN)
         return
     for n in range(num_k):
         of_piece = slice(n * plan.blocks.masked_k, (n + 1) * plan.blocks.masked_k)
-        refs["dv_sum"][j + n] += forward.dot(do, p_ST[of_piece], _NT)
-        refs["dk_sum"][j + n] += forward.dot(q, ds_ST[of_piece], _NT)
+        refs["dv_sum"][j + n] += scores_lib.dot(do, p_ST[of_piece], _NT)
+        refs["dk_sum"][j + n] += scores_lib.dot(q, ds_ST[of_piece], _NT)
 
 
 def _load(plan: Plan, refs, flags, g, place, dq_at) -> None:

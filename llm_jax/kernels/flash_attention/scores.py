@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import biases
@@ -99,3 +100,16 @@ def operands(parts: Parts, num_heads: int) -> list[Operand]:
 def rebuilt(parts: Parts, given: list[Operand], piece: Callable[[Operand], Any]) -> Parts:
     """Returns `parts` with `piece(operand)` in the place of each array."""
     return jax.tree.unflatten(jax.tree.structure(parts), [piece(operand) for operand in given])
+
+
+def dot(a: jax.Array, b: jax.Array, contracting: tuple[tuple[int, ...], tuple[int, ...]]):
+    """Returns a product accumulated in float32, exact for float32 operands."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def column(row_1N: jax.Array) -> jax.Array:
+    """Returns [1, N] as [N, 1]; eight equal rows are what a register transposes."""
+    return jnp.broadcast_to(row_1N, (8, row_1N.shape[1])).T[:, :1]
