@@ -1,0 +1,131 @@
+"""The process that compiles: `python -m llm_jax.aot.worker DIRECTORY`, started by `kernel_cost`.
+
+DIRECTORY holds request.json; results are appended to answers.jsonl in it, so that those before a
+crash of the compiler are not lost. The compiler's text goes there as well, and is deleted each time.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+import sys
+import traceback
+
+import jax
+
+from llm_jax import errors
+from llm_jax.aot import hlo
+from llm_jax.aot import kernel_cost
+from llm_jax.aot import schedule
+from llm_jax.aot import topology
+
+# The pass whose bundles still stand one for a cycle, and which operations share a program.
+_PASSES = ".*(packed-bundles-post-ra|deduplication-map).*"
+
+
+def set_flags(dump: pathlib.Path) -> None:
+    """Makes libtpu write what is read here; only before libtpu is loaded."""
+    flags = (
+        f"--xla_jf_dump_to={dump}",
+        "--xla_jf_dump_llo_text=true",
+        f"--xla_jf_dump_llo_pass_label_regex={_PASSES}",
+    )
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, [given, *flags]))
+
+
+def answer(case: kernel_cost.Case, dump: pathlib.Path, cache: pathlib.Path | None) -> dict:
+    """Returns the fields of a `ProgramCost` or of a `Refusal`, without the case."""
+    lower = _find(case.target)
+    devices = topology.devices(case.slice_name)
+    try:
+        lowered = lower(devices, **case.arguments)
+    except Exception as error:  # whatever a program may hold against its arguments
+        return _refusal("lowering", error)
+    kept = cache / f"{_fingerprint(case, lowered)}.json" if cache else None
+    if kept and kept.exists():
+        return json.loads(kept.read_text())
+    shutil.rmtree(dump, ignore_errors=True)
+    dump.mkdir(parents=True)
+    try:
+        compiled = lowered.compile(compiler_options=dict(case.compiler_options) or None)
+    except Exception as error:  # the compiler's errors have no common type
+        return _refusal("compilation", error)
+    fields = _cost(case, compiled, dump)
+    if kept:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(fields))
+        partial.replace(kept)
+    return fields
+
+
+def _find(target: str):
+    module_name, _, function_name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise errors.UserError(f"there is no '{target}' (module:function): {error}") from error
+
+
+def _refusal(stage: str, error: Exception) -> dict:
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    reason = f"{type(error).__name__}: {first}"
+    return {"stage": stage, "reason": reason, "details": traceback.format_exc()}
+
+
+def _fingerprint(case: kernel_cost.Case, lowered: jax.stages.Lowered) -> str:
+    """Returns what a result depends on, as one name."""
+    digest = hashlib.sha256(lowered.as_text().encode())
+    options = json.dumps(dict(case.compiler_options), sort_keys=True)
+    flags = os.environ["LIBTPU_INIT_ARGS"].partition("--xla_jf_dump_to")[0]
+    version = importlib.metadata.version("libtpu")
+    for part in (case.slice_name, options, flags, version):
+        digest.update(part.encode() + b"\0")
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cost(case: kernel_cost.Case, compiled: jax.stages.Compiled, dump: pathlib.Path) -> dict:
+    literals = "".join(path.read_text() for path in dump.glob("*-TLP-hlo.txt"))
+    module = hlo.Module(compiled.as_text(), literals)
+    chip = topology.chip_of(case.slice_name)
+    replay = schedule.Replay(module, dump, chip)
+    totals, operations = replay.run()
+    memory = compiled.memory_analysis()
+    return {
+        "seconds": totals.seconds,
+        "hbm_bytes_read": totals.bytes_read,
+        "hbm_bytes_written": totals.bytes_written,
+        "hbm_peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        "mxu": totals.mxu_seconds / totals.seconds if totals.seconds else 0.0,
+        "operations": [dataclasses.asdict(operation) for operation in operations],
+        "not_modelled": sorted(replay.not_modelled),
+    }
+
+
+def main(directory: pathlib.Path) -> None:
+    request = json.loads((directory / "request.json").read_text())
+    cache = request["cache_directory"]
+    dump = directory / "dump"
+    dump.mkdir()
+    set_flags(dump)
+    for fields in request["cases"]:
+        try:
+            result = answer(kernel_cost.Case(**fields), dump, cache and pathlib.Path(cache))
+        except errors.UserError as error:
+            result = {"mistake": str(error)}
+        with (directory / "answers.jsonl").open("a") as answers:
+            answers.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
