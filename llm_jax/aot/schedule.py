@@ -9,6 +9,7 @@ from llm_jax.aot import bundles
 from llm_jax.aot import chips
 from llm_jax.aot import hlo
 from llm_jax.aot import kernel_cost
+from llm_jax.aot import loops
 from llm_jax.aot import machine
 
 # Names for what is there already.
@@ -100,7 +101,7 @@ class Replay:
             if opcode.startswith(_COLLECTIVES):
                 self.not_modelled.add(opcode.removesuffix("-done").removesuffix("-start"))
             elif opcode == "while":
-                turns = operation.trip_count
+                turns = loops.num_turns(self._module, computation, operation)
                 if turns is None:
                     self.not_modelled.add(f"turns of {operation.name} (taken as one)")
                 body = operation.called("body")
