@@ -12,6 +12,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "llm_jax" / "__init__.py").
 IS_X86_LINUX = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 IS_OTHER = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 
+# What compiles for TPUs without one: libtpu in the version that JAX asks for, 214 MB.
+AOT = f"jax[tpu]>=0.10.2; {IS_X86_LINUX}"
+
 setuptools.setup(
     name="llm_jax",
     version=VERSION,
@@ -42,6 +45,7 @@ setuptools.setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
-        "test": ["hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"],
+        "aot": [AOT],
+        "test": [AOT, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"],
     },
 )

@@ -7,6 +7,7 @@ to call oneDNN. An XLA that does not know a flag aborts the process, so flags ar
 import ctypes
 import glob
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import pathlib
@@ -60,6 +61,20 @@ def _may_have_accelerator() -> bool:
     if platforms:
         return platforms != "cpu"
     return any(glob.glob(pattern) for pattern in _ACCELERATOR_DEVICES)
+
+
+def skip_absent_tpu() -> bool:
+    """Keeps JAX from looking for TPUs where libtpu is installed but no accelerator is.
+
+    libtpu is there to compile for TPUs (`aot`); as a backend it would complain at length before JAX
+    settles for the CPU. Call it before JAX touches a device; returns whether it did something.
+    """
+    is_chosen = bool(jax.config.jax_platforms)
+    has_libtpu = importlib.util.find_spec("libtpu") is not None
+    if is_chosen or not has_libtpu or _may_have_accelerator():
+        return False
+    jax.config.update("jax_platforms", "cpu")
+    return True
 
 
 def keep_freed_memory() -> bool:

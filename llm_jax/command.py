@@ -184,6 +184,7 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     backend.set_flags()
+    backend.skip_absent_tpu()
     backend.keep_freed_memory()
 
     def guarded(argv: list[str]) -> None:

@@ -1,8 +1,10 @@
 """The allocator's settings; flags and dtypes are seen through the commands' own tests."""
 
+import functools
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -61,3 +63,44 @@ def test_devices_speak_where_no_platform_is_named(monkeypatch, tmp_path):
     assert not backend._may_have_accelerator()
     (tmp_path / "accel0").touch()
     assert backend._may_have_accelerator()
+
+
+@pytest.mark.parametrize(
+    ("is_installed", "is_chosen", "has_device", "is_skipped"),
+    [
+        (True, False, False, True),
+        (False, False, False, False),
+        (True, True, False, False),
+        (True, False, True, False),
+    ],
+)
+def test_tpus_are_not_looked_for_where_only_their_compiler_is(
+    monkeypatch, tmp_path, is_installed, is_chosen, has_device, is_skipped
+):
+    (tmp_path / "accel0").touch()
+    devices = (f"{tmp_path}/accel{0 if has_device else 1}",)
+    monkeypatch.setattr(backend, "_ACCELERATOR_DEVICES", devices)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _: is_installed or None)
+    config = types.SimpleNamespace(jax_platforms="tpu" if is_chosen else None)
+    config.update = functools.partial(setattr, config)
+    monkeypatch.setattr(backend.jax, "config", config)
+    assert backend.skip_absent_tpu() == is_skipped
+    assert (config.jax_platforms == "cpu") == is_skipped
+
+
+@pytest.mark.skipif(not backend.importlib.util.find_spec("libtpu"), reason="libtpu is optional")
+def test_an_unused_compiler_for_tpus_is_silent():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from llm_jax import backend; backend.skip_absent_tpu();"
+            "import jax; print(jax.default_backend())",
+        ],
+        env={name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
