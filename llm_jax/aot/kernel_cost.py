@@ -18,6 +18,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 from llm_jax import errors
 from llm_jax.aot import topology
@@ -120,7 +121,7 @@ class Refusal:
 
     Attributes:
       stage: "lowering" or "compilation".
-      reason: the first line of the error, with its type.
+      reason: the error's type and the beginning of its text, as one line.
       details: all of it.
     """
 
@@ -131,7 +132,11 @@ class Refusal:
 
 
 def costs(
-    cases: Sequence[Case], *, cache_directory: str | None = None, num_processes: int = 1
+    cases: Sequence[Case],
+    *,
+    cache_directory: str | None = None,
+    num_processes: int = 1,
+    timeout_seconds: float = 900.0,
 ) -> list[ProgramCost | Refusal]:
     """Returns what each program costs, or why there is none, in the order of `cases`.
 
@@ -140,6 +145,7 @@ def costs(
         version and this package's code.
       num_processes: to spread the cases over. Compiling is what takes the time, and a compilation
         uses several threads by itself.
+      timeout_seconds: for one case. The compiler may take hours for blocks far too large.
 
     Raises:
       errors.UserError: libtpu is missing, or a slice or a target does not exist.
@@ -148,19 +154,16 @@ def costs(
     for case in cases:
         topology.chip_of(case.slice_name)
     num_processes = max(1, min(num_processes, len(cases)))
-    shares = [list(range(start, len(cases), num_processes)) for start in range(num_processes)]
+    shares = [cases[start::num_processes] for start in range(num_processes)]
     with futures.ThreadPoolExecutor(num_processes) as pool:
-        found = pool.map(lambda share: _in_turn([cases[i] for i in share], cache_directory), shares)
-        results = dict(
-            (index, result)
-            for share, some in zip(shares, found)
-            for index, result in zip(share, some)
+        found = list(
+            pool.map(lambda share: _in_turn(share, cache_directory, timeout_seconds), shares)
         )
-    return [results[index] for index in range(len(cases))]
+    return [found[index % num_processes][index // num_processes] for index in range(len(cases))]
 
 
 def kernel_costs(case: Case, *, cache_directory: str | None = None) -> list[KernelCost]:
-    """Returns what the Pallas kernels of one program cost.
+    """Returns what the Pallas kernels of one program cost, the costliest first.
 
     Raises:
       errors.UserError: as `costs`, and if the program is not compiled, with the reason.
@@ -171,50 +174,76 @@ def kernel_costs(case: Case, *, cache_directory: str | None = None) -> list[Kern
     return list(result.kernels)
 
 
-def _in_turn(cases: Sequence[Case], cache_directory: str | None) -> list[ProgramCost | Refusal]:
-    """Costs cases in one process after the other; a case that ends its process is refused."""
+def _in_turn(
+    cases: Sequence[Case], cache_directory: str | None, timeout_seconds: float
+) -> list[ProgramCost | Refusal]:
+    """Costs cases by one worker; a case that ends it, or takes too long, is refused."""
     results = []
     while len(results) < len(cases):
-        answers, failure = _run_worker(cases[len(results) :], cache_directory)
-        results += [
-            _decode(case, answer) for case, answer in zip(cases[len(results) :], answers)
-        ]
-        if len(results) < len(cases):
-            results.append(Refusal(cases[len(results)], "compilation", *failure))
+        waiting = cases[len(results) :]
+        with tempfile.TemporaryDirectory(prefix="llm_jax_aot_") as name:
+            directory = pathlib.Path(name)
+            request = {
+                "cases": [dataclasses.asdict(case) for case in waiting],
+                "cache_directory": cache_directory,
+            }
+            (directory / "request.json").write_text(json.dumps(request))
+            reason, details = _run_worker(directory, timeout_seconds)
+            answers = _read_answers(directory)
+        if answers and "mistake" in answers[-1]:
+            raise errors.UserError(answers[-1]["mistake"])
+        results += [_decode(case, answer) for case, answer in zip(waiting, answers)]
+        if len(answers) < len(waiting):
+            results.append(Refusal(waiting[len(answers)], "compilation", reason, details))
     return results
 
 
-def _run_worker(
-    cases: Sequence[Case], cache_directory: str | None
-) -> tuple[list[dict], tuple[str, str]]:
-    """Returns the answers of a worker, and how it ended if they are too few."""
-    with tempfile.TemporaryDirectory(prefix="llm_jax_aot_") as directory:
-        work = pathlib.Path(directory)
-        request = {
-            "cases": [dataclasses.asdict(case) for case in cases],
-            "cache_directory": cache_directory,
-        }
-        (work / "request.json").write_text(json.dumps(request))
-        environment = os.environ | topology.ENVIRONMENT
-        environment["JAX_PLATFORMS"] = "cpu"
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        done = subprocess.run(
-            [sys.executable, "-m", "llm_jax.aot.worker", directory],
+def _run_worker(directory: pathlib.Path, timeout_seconds: float) -> tuple[str, str]:
+    """Runs a worker to its end; returns why there may be too few answers, and what it printed."""
+    environment = os.environ | topology.ENVIRONMENT
+    environment["JAX_PLATFORMS"] = "cpu"
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    log = directory / "stderr.txt"
+    with log.open("w") as stderr:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "llm_jax.aot.worker", str(directory)],
             env=environment,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            stderr=stderr,
         )
-        path = work / "answers.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-    answers = [json.loads(line) for line in lines]
-    if answers and "mistake" in answers[-1]:
-        raise errors.UserError(answers[-1]["mistake"])
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if not answers and done.returncode > 0:
-        raise RuntimeError(f"the worker failed:\n{done.stderr}")
-    return answers, (f"the compiler ended its process ({done.returncode}): {last}", done.stderr)
+    try:
+        is_late = _outlasts(worker, directory, timeout_seconds)
+    finally:
+        worker.kill()
+        worker.wait()
+    details = log.read_text(errors="replace")
+    if is_late:
+        return f"TimeoutError: not compiled within {timeout_seconds:g} s", details
+    if worker.returncode > 0:
+        raise RuntimeError(f"the worker failed:\n{details}")
+    last = (details.strip().splitlines() or ["it said nothing"])[-1]
+    return f"the compiler ended its process (signal {-worker.returncode}): {last}", details
+
+
+def _outlasts(worker: subprocess.Popen, directory: pathlib.Path, timeout_seconds: float) -> bool:
+    """Waits for a worker's end; returns True as soon as one of its cases takes too long."""
+    num_answers, since = 0, time.monotonic()
+    while True:
+        try:
+            worker.wait(0.1)
+            return False
+        except subprocess.TimeoutExpired:
+            now = time.monotonic()
+        if now - since > timeout_seconds:
+            num_new = len(_read_answers(directory))
+            if num_new == num_answers:
+                return True
+            num_answers, since = num_new, now
+
+
+def _read_answers(directory: pathlib.Path) -> list[dict]:
+    path = directory / "answers.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _decode(case: Case, answer: dict) -> ProgramCost | Refusal:

@@ -162,7 +162,7 @@ class Translator:
         """
         if start not in self._traces:
             lines = self._lines(start)
-            head =  "smem, t = machine.smem, machine.time"
+            head = "smem, t = machine.smem, machine.time"
             source = "\n  ".join(["def trace(machine, r):", head, *lines])
             scope = {
                 "M": MASK,
@@ -346,4 +346,5 @@ def _comparison(suffix: str, values: list[str]) -> str:
     relation, dtype = suffix.split(".")[:2]
     if dtype == "s32" and relation not in ("eq", "ne"):
         values = [f"signed({value})" for value in values]
-    return f"({values[0]} {_COMPARISONS[relation]} {values[1]})"
+    # A sum is an int: what a bool is combined with would not be asked first.
+    return f"({values[0]} {_COMPARISONS[relation]} {values[1]}) + 0"

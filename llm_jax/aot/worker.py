@@ -26,6 +26,8 @@ from llm_jax.aot import topology
 # The pass whose bundles still stand one for a cycle, and which operations share a program.
 _PASSES = ".*(packed-bundles-post-ra|deduplication-map).*"
 
+_REASON_LENGTH = 300
+
 
 def set_flags(dump: pathlib.Path) -> None:
     """Makes libtpu write what is read here; only before libtpu is loaded."""
@@ -73,8 +75,9 @@ def _find(target: str):
 
 
 def _refusal(stage: str, error: Exception) -> dict:
-    first = (str(error).strip().splitlines() or ["no message"])[0]
-    reason = f"{type(error).__name__}: {first}"
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if len(reason) > _REASON_LENGTH:
+        reason = reason[:_REASON_LENGTH].rpartition(" ")[0] + " ..."
     return {"stage": stage, "reason": reason, "details": traceback.format_exc()}
 
 

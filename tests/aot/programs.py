@@ -1,0 +1,115 @@
+"""Programs to compile for TPUs, each a function that lowers one for the devices of a slice."""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+
+from llm_jax.aot import topology
+from llm_jax.kernels.flash_attention import masks
+from llm_jax.kernels.flash_attention import pallas
+
+
+def lower_matmul(devices, *, size):
+    """XLA's product of two square matrices."""
+    x_MM = topology.array((size, size), jnp.bfloat16, devices[0])
+    return jax.jit(jnp.dot).lower(x_MM, x_MM)
+
+
+def lower_matmuls(devices, *, size, turns):
+    """A loop of products, each of the one before."""
+    x_MM = topology.array((size, size), jnp.bfloat16, devices[0])
+
+    def multiply(x_MM, y_MM):
+        return jax.lax.scan(lambda x_MM, _: (x_MM @ y_MM, None), x_MM, length=turns)[0]
+
+    return jax.jit(multiply).lower(x_MM, x_MM)
+
+
+def _multiply_block(x_ref, y_ref, z_ref, sum_ref, *, num_steps):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    sum_ref[...] += jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+
+    @pl.when(pl.program_id(2) == num_steps - 1)
+    def _():
+        z_ref[...] = sum_ref[...].astype(z_ref.dtype)
+
+
+def lower_pallas_matmul(devices, *, size, block, depth, rows=None):
+    """A kernel of square blocks of the result, `depth` columns of the left operand at a time."""
+    rows = rows or size
+    num_steps = size // depth
+    kernel = pl.pallas_call(
+        functools.partial(_multiply_block, num_steps=num_steps),
+        grid=(rows // block[0], size // block[1], num_steps),
+        in_specs=[
+            pl.BlockSpec((block[0], depth), lambda i, j, k: (i, k)),
+            pl.BlockSpec((depth, block[1]), lambda i, j, k: (k, j)),
+        ],
+        out_specs=pl.BlockSpec(tuple(block), lambda i, j, k: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),
+        scratch_shapes=[pltpu.VMEM(tuple(block), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+    )
+    x_NM = topology.array((rows, size), jnp.bfloat16, devices[0])
+    y_MM = topology.array((size, size), jnp.bfloat16, devices[0])
+    return jax.jit(kernel).lower(x_NM, y_MM)
+
+
+def lower_attention(devices, *, batch, length, heads, width):
+    """Causal attention and its gradients, by this repository's kernels."""
+    device = devices[0]
+
+    def attend(q_BTKGC, k_BSKC, v_BSKC):
+        return pallas.attention(
+            q_BTKGC,
+            k_BSKC,
+            v_BSKC,
+            mask=masks.causal(),
+            scale=width**-0.5,
+            chunk=512,
+            device_kind=device.device_kind,
+        )
+
+    def attend_and_differentiate(q_BTKGC, k_BSKC, v_BSKC, y_bar_BTKGC):
+        y_BTKGC, vjp = jax.vjp(attend, q_BTKGC, k_BSKC, v_BSKC)
+        return y_BTKGC, vjp(y_bar_BTKGC)
+
+    q_BTKGC = topology.array((batch, length, heads, 1, width), jnp.bfloat16, device)
+    k_BSKC = topology.array((batch, length, heads, width), jnp.bfloat16, device)
+    return jax.jit(attend_and_differentiate).lower(q_BTKGC, k_BSKC, k_BSKC, q_BTKGC)
+
+
+def lower_misshapen(devices):
+    """A program that cannot be traced."""
+    x_MN = topology.array((4, 8), jnp.float32, devices[0])
+    return jax.jit(jnp.dot).lower(x_MN, x_MN)
+
+
+def _sum_pages(page_ref, x_ref, y_ref):
+    del page_ref
+    y_ref[...] = x_ref[...]
+
+
+def lower_gather(devices, *, pages, is_known):
+    """A kernel that copies the blocks of a table, which the program has or is given."""
+    specs = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(len(pages),),
+        in_specs=[pl.BlockSpec((256, 256), lambda i, pages: (pages[i], 0))],
+        out_specs=pl.BlockSpec((256, 256), lambda i, pages: (0, 0)),
+    )
+    kernel = pl.pallas_call(
+        _sum_pages, grid_spec=specs, out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    )
+    x_MN = topology.array((256 * (max(pages) + 1), 256), jnp.float32, devices[0])
+    if is_known:
+        return jax.jit(lambda x_MN: kernel(jnp.array(pages, jnp.int32), x_MN)).lower(x_MN)
+    return jax.jit(kernel).lower(topology.array((len(pages),), jnp.int32, devices[0]), x_MN)
