@@ -23,7 +23,7 @@ NORM_PLACEMENTS = ("pre", "post")
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
 REMATS = ("none", "full", "dots", "attention_output")
 DTYPES = ("auto", "float32", "bfloat16")
-ATTENTIONS = ("auto", "reference", "chunked", "pallas")
+ATTENTIONS = ("auto", "reference", "chunked", "jax_nn", "pallas")
 PACKINGS = ("packed", "concat")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
@@ -307,6 +307,11 @@ def _check_model(m: ModelConfig) -> None:
     _require_choice("model", m, "dtype", DTYPES)
     _require_choice("model", m, "param_dtype", DTYPES[1:])
     _require_choice("model", m, "attention", ATTENTIONS)
+    if m.attention == "jax_nn" and m.attention_softcap is not None:
+        raise errors.UserError(
+            "config.model.attention = 'jax_nn' has no soft-cap, but attention_softcap ="
+            f" {m.attention_softcap}; set it to None, or use attention 'auto'"
+        )
     _require_choice("model", m, "remat", REMATS)
     _require_fraction("model", m, "dropout", "rope_fraction")
     _require(m.dropout < 1.0, "model.dropout", m.dropout, "1.0 would drop everything")

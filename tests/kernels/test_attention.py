@@ -22,7 +22,7 @@ from tests import helpers
 from tests.kernels import attention_oracle
 
 B, T, S, K, G, C = 2, 11, 11, 2, 3, 4
-IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
+IMPLEMENTATIONS = ["reference", "chunked", "jax_nn", "pallas"]
 # So small that 11 queries and keys are several blocks, of several tiles and chunks, all ragged.
 BLOCKS = blocks_lib.Blocks(
     forward_visits.Blocks(q=8, kv=4, tile=4, chunk=2, lead=2, lag=1),
@@ -81,7 +81,13 @@ CASES = {
 }
 
 
-NOT_IN_KERNELS = ("t5", "one_way_t5", "array", "shared_array")
+# What an implementation does not take; a test holds it to saying so.
+REFUSED = {
+    "reference": (),
+    "chunked": (),
+    "jax_nn": ("softcap", "sinks", "dropout", "everything", "wide_values"),
+    "pallas": ("t5", "one_way_t5", "array", "shared_array"),
+}
 
 
 def _case(changes, num_queries=T, value_width=C, dropout=None):
@@ -131,13 +137,17 @@ def parameters_of(case):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), attention_oracle.parameters(case))
 
 
-# What the kernels do not take a test below holds them to say.
-PAIRS = [
-    (name, implementation)
-    for name in CASES
-    for implementation in IMPLEMENTATIONS
-    if implementation != "pallas" or name not in NOT_IN_KERNELS
-]
+def pairs(*names):
+    """Returns names of cases, all by default, each with every implementation that takes it."""
+    return [
+        (name, implementation)
+        for name in names or CASES
+        for implementation in IMPLEMENTATIONS
+        if name not in REFUSED[implementation]
+    ]
+
+
+PAIRS = pairs()
 
 
 @pytest.mark.parametrize("name, implementation", PAIRS)
@@ -177,8 +187,9 @@ def test_gradients_equal_those_of_the_reference(name, implementation):
     helpers.assert_close(gradients(implementation), gradients("reference"), 2e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["everything", "packed", "prefix", "sinks"])
+@pytest.mark.parametrize(
+    "name, implementation", pairs("everything", "packed", "prefix", "sinks", "causal")
+)
 def test_rows_and_heads_may_lie_on_several_devices(name, implementation):
     case, extra = named(name)
     probe = np.random.default_rng(1).standard_normal((*case.q.shape[:-1], C)).astype(np.float32)
@@ -206,9 +217,9 @@ def test_rows_and_heads_may_lie_on_several_devices(name, implementation):
     helpers.assert_close(jax.tree.leaves(actual[1]), jax.tree.leaves(wanted[1]), 2e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16_stays_bfloat16(implementation):
-    case, extra = named("everything")
+@pytest.mark.parametrize("name, implementation", pairs("everything", "packed"))
+def test_bfloat16_stays_bfloat16(name, implementation):
+    case, extra = named(name)
     y = jax.jit(attend(case, extra, implementation, "bfloat16"))(parameters_of(case))
     assert y.dtype == jnp.bfloat16
     rounded = {
@@ -241,13 +252,12 @@ def test_large_scores_do_not_overflow(implementation):
     helpers.assert_close(actual, attention_oracle.attention(case))
 
 
-@pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_query_without_a_key_gets_zeros_and_no_gradient(implementation, has_sinks):
+@pytest.mark.parametrize("name, implementation", pairs("causal", "sinks"))
+def test_a_query_without_a_key_gets_zeros_and_no_gradient(name, implementation):
     lonely = np.ones((B, T), np.int32)
     lonely[:, 5] = 9  # a segment that no key has
     changes = {"mask": masks.Segments(lonely, np.ones((B, S), np.int32))}
-    if has_sinks:
+    if name == "sinks":
         changes["sinks_KG"] = _normal(K, G)
     case, extra = _case(changes)
     run = jax.jit(attend(case, extra, implementation))
@@ -408,11 +418,21 @@ def test_keys_that_do_not_fit_are_named():
         jax.eval_shape(run, q, k, k)
 
 
-@pytest.mark.parametrize("name", NOT_IN_KERNELS)
-def test_a_bias_that_kernels_do_not_take_is_named(name):
+@pytest.mark.parametrize(
+    "name, implementation", [(name, one) for one, names in REFUSED.items() for name in names]
+)
+def test_what_an_implementation_does_not_take_is_named(name, implementation):
     case, extra = named(name)
-    with pytest.raises(ValueError, match=type(case.bias).__name__):
-        attend(case, extra, "pallas")(parameters_of(case))
+    reasons = {
+        "softcap": "soft-cap",
+        "sinks": "sinks",
+        "dropout": "dropout",
+        "everything": "soft-cap",
+    }
+    reasons["wide_values"] = "4 and 7"
+    reason = reasons.get(name) or type(case.bias).__name__
+    with pytest.raises(ValueError, match=f"'{implementation}' .*{reason}.*; use 'chunked'"):
+        attend(case, extra, implementation)(parameters_of(case))
 
 
 def test_unknown_implementation_is_named():

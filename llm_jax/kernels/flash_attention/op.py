@@ -10,6 +10,7 @@ from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import chunked
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
+from llm_jax.kernels.flash_attention import jax_nn
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
 from llm_jax.kernels.flash_attention import placement
@@ -36,8 +37,8 @@ def attention(
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
-    `auto` takes `pallas` on TPUs where the kernels take the arguments (`pallas.refusal`); else
-    `chunked` for more queries than one chunk holds (the scores would weigh more than the rest of the
+    `auto` takes `pallas` on TPUs where the kernels take the arguments (`pallas.refusal`), cuDNN by
+    `jax_nn` on GPUs where that takes them; else `chunked` for more queries than one chunk holds (the scores would weigh more than the rest of the
     layer), and `reference` below. The log says what it took. `pallas` runs TPU kernels for the devices
     of the mesh that is set, and interprets them on a CPU; `blocks` overrides its table.
 
@@ -52,7 +53,9 @@ def attention(
     mask, bias, sinks_KG = (placed[name] for name in others)
     device_kind = _device_kind()
     if implementation == "auto":
-        implementation = _choose(q_BTKGC, v_BSKC, bias, chunk, device_kind)
+        is_library = jax_nn.refusal(q_BTKGC, v_BSKC, softcap, sinks_KG, dropout) is None
+        is_library = is_library and jax_nn.has_cudnn(q_BTKGC, v_BSKC, bias, device_kind)
+        implementation = _choose(q_BTKGC, v_BSKC, bias, chunk, device_kind, is_library)
         _say(implementation, q_BTKGC.shape[1], device_kind)
     how = {
         "mask": mask,
@@ -69,12 +72,16 @@ def attention(
     if implementation == "chunked":
         y_BTKGC = chunked.attention(q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, **how)
         return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
+    if implementation == "jax_nn":
+        y_BTKGC = jax_nn.attention(q_BTKGC, k_BSKC, v_BSKC, device_kind=device_kind, **how)
+        return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
     if implementation == "pallas":
         return pallas.attention(
             q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, device_kind=device_kind, blocks=blocks, **how
         )
     raise ValueError(
-        f"attention implementation {implementation!r} is none of auto, reference, chunked, pallas"
+        f"attention implementation {implementation!r} is none of"
+        " auto, reference, chunked, jax_nn, pallas"
     )
 
 
@@ -84,7 +91,10 @@ def _choose(
     bias: biases.Bias | None,
     chunk: int,
     device_kind: str,
+    is_library: bool,
 ) -> str:
+    if is_library:
+        return "jax_nn"
     if device_kind.startswith("TPU") and blocks_lib.is_known(device_kind):
         blocks = blocks_lib.for_device(device_kind, q_BTKGC.shape[-1])
         if pallas.refusal(q_BTKGC, v_BSKC, bias, blocks) is None:
