@@ -1,0 +1,1 @@
+"""What the kernels cost on TPUs, by the compiler: block sizes, budgets, and the report."""

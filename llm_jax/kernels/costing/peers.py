@@ -1,0 +1,191 @@
+"""Other people's attention kernels as programs for a TPU, to stand beside ours in the report.
+
+JAX's own flash and splash attention and tokamax's splash attention, each with the settings that win
+somewhere in a search over blocks and the VMEM limit.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import importlib.util
+
+import jax
+from jax.experimental.pallas.ops.tpu import flash_attention
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+
+from llm_jax.aot import kernel_cost
+from llm_jax.kernels.costing import programs
+from llm_jax.kernels.costing import shapes
+
+_TOKAMAX = "tokamax._src.ops.experimental.tpu.splash_attention"
+# What scoped VMEM a kernel may use, for those that do not say it themselves; the default is 16 MiB.
+_WIDE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": str(96 * 1024)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way to run a peer.
+
+    Attributes:
+      peer: "jax flash", "jax splash" or "tokamax splash".
+      blocks: queries and keys of a block, keys of a step within it.
+      skips_diagonal: tokamax's option to leave out what lies above the diagonal within a block.
+      has_wide_vmem: 96 MiB of scoped VMEM instead of the compiler's default.
+    """
+
+    peer: str
+    blocks: tuple[int, int, int]
+    skips_diagonal: bool = False
+    has_wide_vmem: bool = True
+
+    def __str__(self) -> str:
+        words = [self.peer, "/".join(map(str, self.blocks))]
+        if self.skips_diagonal:
+            words.append("diagonal skipped")
+        return " ".join(words)
+
+
+def settings(shape: shapes.Attention) -> list[Setting]:
+    """Returns the settings worth a compilation for a shape; tokamax's if it is installed."""
+    found = [Setting("jax flash", (1024, 1024, 1024)), Setting("jax flash", (512, 512, 512))]
+    sizes = [(1024, 1024, 512), (1024, 1024, 1024), (512, 512, 512)]
+    found += [Setting("jax splash", blocks) for blocks in sizes]
+    if is_tokamax_installed():
+        found += [Setting("tokamax splash", blocks) for blocks in sizes[:2]]
+        if shape.mask == "causal":
+            found.append(Setting("tokamax splash", (1024, 1024, 1024), skips_diagonal=True))
+    return [setting for setting in found if refusal(setting, shape) is None]
+
+
+def is_tokamax_installed() -> bool:
+    return importlib.util.find_spec("tokamax") is not None
+
+
+def refusal(setting: Setting, shape: shapes.Attention) -> str | None:
+    """Returns what a peer lacks for a shape, None if it has all of it."""
+    if shape.length % max(setting.blocks):
+        return f"needs lengths that {max(setting.blocks)} divides"
+    if shape.mask.startswith("packed"):
+        return "visits every causal block"
+    if shape.bias is not None and (setting.peer, shape.bias) != ("jax flash", "array"):
+        return f"has no bias of kind {shape.bias}"
+    if setting.peer == "jax flash":
+        if shape.softcap is not None or shape.has_sinks or shape.mask.startswith("window"):
+            return "has neither soft-cap, sinks nor windows"
+        if shape.value_width not in (None, shape.width) or shape.key_heads is not None:
+            return "needs as many and as wide values as queries"
+    if setting.peer == "tokamax splash" and shape.has_sinks:
+        return "has no sinks here"
+    return None
+
+
+def case(setting: Setting, shape: shapes.Attention, slice_name: str) -> kernel_cost.Case:
+    """Returns the program to cost."""
+    return kernel_cost.Case(
+        f"{__name__}:attention",
+        slice_name,
+        {"setting": dataclasses.asdict(setting), "shape": dataclasses.asdict(shape)},
+        _WIDE_VMEM if setting.has_wide_vmem else {},
+    )
+
+
+def attention(
+    devices: Sequence[jax.Device], *, setting: Mapping, shape: Mapping, layout: str = "BHTC"
+) -> jax.stages.Lowered:
+    """Lowers a peer for one device; arguments as `programs.attention`.
+
+    Raises:
+      ValueError: what the peer does not take.
+    """
+    chosen, wanted = Setting(**setting), shapes.Attention(**shape)
+    reason = refusal(chosen, wanted)
+    if reason is not None:
+        raise ValueError(f"{chosen.peer} {reason}")
+    run = (_flash if chosen.peer == "jax flash" else _splash)(chosen, wanted)
+
+    def attend(arrays):
+        x = arrays
+        if layout == "BTHC":
+            x = {**arrays, **{name: arrays[name].swapaxes(1, 2) for name in ("q", "k", "v")}}
+        y_BHTC = run(x)
+        return y_BHTC.swapaxes(1, 2) if layout == "BTHC" else y_BHTC
+
+    return programs.lower(attend, wanted, devices[0], layout)
+
+
+def _flash(setting: Setting, shape: shapes.Attention):
+    q, k, step = setting.blocks
+    sizes = flash_attention.BlockSizes(
+        block_q=q,
+        block_k_major=k,
+        block_k=step,
+        block_b=1,
+        block_q_major_dkv=q,
+        block_k_major_dkv=k,
+        block_k_dkv=step,
+        block_q_dkv=q,
+        block_k_major_dq=k,
+        block_k_dq=step,
+        block_q_dq=q,
+    )
+
+    def run(x):
+        bias = x.get("array")
+        if bias is not None:
+            bias = bias.reshape(1, shape.heads, *bias.shape[3:])
+            bias = jax.numpy.broadcast_to(bias, (shape.batch, *bias.shape[1:]))
+        return flash_attention.flash_attention(
+            x["q"],
+            x["k"],
+            x["v"],
+            bias,
+            causal=shape.mask == "causal",
+            sm_scale=shape.width**-0.5,
+            block_sizes=sizes,
+        )
+
+    return run
+
+
+def _splash(setting: Setting, shape: shapes.Attention):
+    q, k, step = setting.blocks
+    blocks = {
+        "block_q": q,
+        "block_kv": k,
+        "block_kv_compute": step,
+        "block_q_dkv": q,
+        "block_kv_dkv": k,
+        "block_kv_dkv_compute": step,
+        "use_fused_bwd_kernel": True,
+    }
+    if setting.peer == "jax splash":
+        kernel, masks = splash_attention_kernel, splash_attention_mask
+        how = {
+            "block_sizes": kernel.BlockSizes(**blocks),
+            "attn_logits_soft_cap": shape.softcap,
+            "head_shards": 1,
+        }
+    else:
+        kernel = importlib.import_module(f"{_TOKAMAX}.splash_attention_kernel")
+        masks = importlib.import_module(f"{_TOKAMAX}.splash_attention_mask")
+        skips = {"qk_diag_skip": True, "sv_diag_skip": True} if setting.skips_diagonal else {}
+        config = kernel.SplashConfig(**blocks, **skips, attn_logits_soft_cap=shape.softcap)
+        how = {"config": config}
+    square, (name, _, number) = (shape.length,) * 2, shape.mask.partition(" ")
+    mask = {
+        "causal": lambda: masks.CausalMask(square),
+        "full": lambda: masks.FullMask(square),
+        "window": lambda: masks.LocalMask(square, (int(number) - 1, 0), 0),
+    }[name]()
+    if setting.peer == "jax splash":
+        mask = masks.MultiHeadMask([mask] * shape.heads)
+    # Tables of whole words: those of bytes cost the kernel a shift more, and the cost model a guess.
+    run = kernel.make_splash_mha(mask, q_seq_shards=1, downcast_smem_data=False, **how)
+
+    def attend(x):
+        # The scale of the scores is the caller's, who can make it part of a projection.
+        how = {"sinks": x["sinks"].reshape(-1)} if "sinks" in x else {}
+        return jax.vmap(lambda *qkv: run(*qkv, **how))(x["q"], x["k"], x["v"])
+
+    return attend

@@ -1,0 +1,113 @@
+"""The kernels as programs for a TPU, lowered from sizes in words: targets of `aot.kernel_cost.Case`."""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.aot import topology
+from llm_jax.kernels.costing import shapes
+from llm_jax.kernels.flash_attention import backward_visits
+from llm_jax.kernels.flash_attention import blocks as blocks_lib
+from llm_jax.kernels.flash_attention import forward_visits
+from llm_jax.kernels.flash_attention import pallas
+
+
+def attention(
+    devices: Sequence[jax.Device], *, shape: dict, layout: str = "BHTC", blocks: dict | None = None
+) -> jax.stages.Lowered:
+    """Lowers `flash_attention.pallas` for one device.
+
+    Args:
+      devices: the first one is used.
+      shape: fields of `shapes.Attention`.
+      layout: "BHTC", as the kernels hold arrays: they are all there is. "BTHC": as models hold them,
+        with the copies that the compiler makes of that.
+      blocks: fields of the "forward" and "backward" sizes that differ from the table's.
+
+    Raises:
+      ValueError: what the kernels or the sizes do not take.
+    """
+    case, device = shapes.Attention(**shape), devices[0]
+    chosen = _with_blocks(device.device_kind, case.width, blocks or {})
+    mask = case.make_mask()
+
+    def attend(arrays):
+        q, k, v = (_laid(arrays[name], layout) for name in ("q", "k", "v"))
+        y_BTKGC = pallas.attention(
+            q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]),
+            k,
+            v,
+            mask=mask,
+            scale=case.width**-0.5,
+            chunk=512,
+            device_kind=device.device_kind,
+            softcap=case.softcap,
+            bias=case.make_bias(arrays),
+            sinks_KG=arrays.get("sinks"),
+            blocks=chosen,
+        )
+        return _laid(y_BTKGC.reshape(*q.shape[:3], -1), layout)
+
+    return lower(attend, case, device, layout)
+
+
+def target(name: str) -> str:
+    """Returns one of these functions as `aot.kernel_cost.Case` names it."""
+    return f"{__name__}:{name}"
+
+
+def lower(attend, case: shapes.Attention, device: jax.Device, layout: str) -> jax.stages.Lowered:
+    """Lowers an attention of named arrays, or its result and gradients, for one device."""
+    K, sinks = case.key_heads or case.heads, {}
+    if case.has_sinks:
+        sinks = {"sinks": ((K, case.heads // K), "float32")}
+
+    def of(heads, width):
+        sizes = {"B": case.batch, "T": case.length, "H": heads, "C": width}
+        return tuple(sizes[letter] for letter in layout), case.dtype
+
+    value_width = case.value_width or case.width
+    wanted = {
+        "q": of(case.heads, case.width),
+        "k": of(K, case.width),
+        "v": of(K, value_width),
+    }
+    extra = case.bias_arrays() | sinks
+
+    def structs(described):
+        return {name: topology.array(*one, device) for name, one in described.items()}
+
+    if not case.has_gradient:
+        return jax.jit(attend).lower(structs(wanted | extra))
+
+    def gradients(arrays, others, dy):
+        if case.has_bias_gradient:
+            y, pull = jax.vjp(lambda a, b: attend(a | b), arrays, others)
+        else:
+            y, pull = jax.vjp(lambda a: attend(a | others), arrays)
+        return y, pull(dy)
+
+    dy = topology.array(*of(case.heads, value_width), device)
+    return jax.jit(gradients).lower(structs(wanted), structs(extra), dy)
+
+
+def _laid(x: jax.Array, layout: str) -> jax.Array:
+    """Between the caller's layout and [B, T, H, C]."""
+    return jnp.swapaxes(x, 1, 2) if layout == "BHTC" else x
+
+
+def _with_blocks(device_kind: str, width: int, changes: dict[str, Any]) -> blocks_lib.Blocks:
+    table = blocks_lib.for_device(device_kind, width)
+    unknown = changes.keys() - {"forward", "backward"}
+    if unknown:
+        raise ValueError(f"blocks are of forward and backward, not of {', '.join(sorted(unknown))}")
+    forward: forward_visits.Blocks = dataclasses.replace(
+        table.forward, **changes.get("forward", {})
+    )
+    backward: backward_visits.Blocks = dataclasses.replace(
+        table.backward, **changes.get("backward", {})
+    )
+    return blocks_lib.Blocks(forward, backward)

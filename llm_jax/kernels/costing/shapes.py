@@ -1,0 +1,122 @@
+"""An attention as numbers and words: what reports, budgets and tuning have in common."""
+
+import dataclasses
+
+import numpy as np
+
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Sizes and scores of a self-attention.
+
+    Attributes:
+      batch, length, heads, width: B, T = S, H, C.
+      key_heads, value_width: None where they are as many and as wide.
+      dtype: of queries, keys and values.
+      mask: "causal", "full", "window 1024" (a causal window) or "packed 512" (causal documents of that
+        many tokens).
+      bias: None, "alibi", "t5" (one table of 32 buckets a head) or "array".
+      softcap, has_sinks: of the scores.
+      has_gradient: whether the backward pass is part of it; of the bias' arrays too where
+        `has_bias_gradient`.
+    """
+
+    batch: int
+    length: int
+    heads: int = 16
+    width: int = 128
+    key_heads: int | None = None
+    value_width: int | None = None
+    dtype: str = "bfloat16"
+    mask: str = "causal"
+    bias: str | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    has_gradient: bool = False
+    has_bias_gradient: bool = False
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of slots that attend, of all rows and heads."""
+        place = np.arange(self.length)
+        name, number = self._mask_words()
+        seen = {
+            "full": np.full_like(place, self.length),
+            "causal": place + 1,
+            "window": np.minimum(place + 1, number),
+            "packed": place % number + 1,
+        }[name]
+        return int(seen.sum()) * self.batch * self.heads
+
+    @property
+    def flops(self) -> int:
+        """Of the products that the maths needs: two forward; five backward."""
+        widths = self.width + (self.value_width or self.width)
+        backward = 3 * self.width + 2 * (self.value_width or self.width)
+        return 2 * self.num_pairs * (widths + (backward if self.has_gradient else 0))
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that must pass to and from HBM: each operand and result once.
+
+        Forward: queries, keys, values, result, logsumexp. Backward: these and the result's gradient
+        read, three gradients written.
+        """
+        size = np.dtype("float32" if self.dtype == "float32" else "float16").itemsize
+        C, Cv = self.width, self.value_width or self.width
+        K = self.key_heads or self.heads
+        tokens = self.batch * self.length
+        qkv = tokens * size * (self.heads * C + K * (C + Cv))
+        result = tokens * self.heads * Cv * size
+        statistic = tokens * self.heads * 4
+        forward = qkv + result + statistic
+        backward = 2 * qkv + 2 * result + statistic
+        return forward + (backward if self.has_gradient else 0)
+
+    def _mask_words(self) -> tuple[str, int]:
+        name, _, number = self.mask.partition(" ")
+        is_known = name in ("causal", "full") and not number
+        is_known |= name in ("window", "packed") and number.isdecimal() and int(number) > 0
+        if not is_known:
+            raise ValueError(f"mask {self.mask!r} is none of causal, full, window N, packed N")
+        return name, int(number or 1)
+
+    def make_mask(self) -> masks.Mask:
+        """Returns the mask, its arrays of numpy."""
+        name, number = self._mask_words()
+        if name == "full":
+            return masks.full()
+        if name == "window":
+            return masks.local_window(left=number - 1, right=0)
+        if name == "causal":
+            return masks.causal()
+        ids_T = np.arange(self.length, dtype=np.int32) // number
+        ids_BT = np.broadcast_to(ids_T, (self.batch, self.length))
+        return masks.causal() & masks.Segments(ids_BT, ids_BT)
+
+    def bias_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns shape and dtype of the bias' array by the name of its kind, if there is one."""
+        K = self.key_heads or self.heads
+        G = self.heads // K
+        shapes = {
+            None: {},
+            "alibi": {"alibi": ((K, G), "float32")},
+            "t5": {"t5": ((K, G, 32), "float32")},
+            "array": {"array": ((1, K, G, self.length, self.length), self.dtype)},
+        }
+        if self.bias not in shapes:
+            raise ValueError(f"bias {self.bias!r} is none of alibi, t5, array")
+        return shapes[self.bias]
+
+    def make_bias(self, arrays: dict) -> biases.Bias | None:
+        """Returns the bias around its array."""
+        if "alibi" in arrays:
+            return biases.Alibi(arrays["alibi"])
+        if "t5" in arrays:
+            return biases.Relative(arrays["t5"], is_bidirectional=self.mask == "full")
+        if "array" in arrays:
+            return biases.Full(arrays["array"])
+        return None
