@@ -4,6 +4,7 @@ JAX's own flash and splash attention and tokamax's splash attention, each with t
 somewhere in a search over blocks and the VMEM limit.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -48,13 +49,22 @@ class Setting:
 
 def settings(shape: shapes.Attention) -> list[Setting]:
     """Returns the settings worth a compilation for a shape; tokamax's if it is installed."""
-    found = [Setting("jax flash", (1024, 1024, 1024)), Setting("jax flash", (512, 512, 512))]
-    sizes = [(1024, 1024, 512), (1024, 1024, 1024), (512, 512, 512)]
-    found += [Setting("jax splash", blocks) for blocks in sizes]
+    found = [
+        Setting("jax flash", (1024, 1024, 1024)),
+        Setting("jax splash", (1024, 1024, 512)),
+        Setting("jax splash", (1024, 1024, 1024)),
+    ]
     if is_tokamax_installed():
-        found += [Setting("tokamax splash", blocks) for blocks in sizes[:2]]
+        found.append(Setting("tokamax splash", (1024, 1024, 512)))
         if shape.mask == "causal":
             found.append(Setting("tokamax splash", (1024, 1024, 1024), skips_diagonal=True))
+    return [setting for setting in found if refusal(setting, shape) is None]
+
+
+def small_settings(shape: shapes.Attention) -> list[Setting]:
+    """Returns a setting of each peer that takes a shape, with blocks for short lengths."""
+    names = ["jax flash", "jax splash", *(["tokamax splash"] if is_tokamax_installed() else [])]
+    found = [Setting(name, (512, 512, 512)) for name in names]
     return [setting for setting in found if refusal(setting, shape) is None]
 
 
@@ -102,16 +112,31 @@ def attention(
     reason = refusal(chosen, wanted)
     if reason is not None:
         raise ValueError(f"{chosen.peer} {reason}")
-    run = (_flash if chosen.peer == "jax flash" else _splash)(chosen, wanted)
+    run = attend(chosen, wanted, layout, is_scaled=True)
+    return programs.lower(run, wanted, devices[0], layout)
 
-    def attend(arrays):
-        x = arrays
+
+def attend(
+    setting: Setting, shape: shapes.Attention, layout: str, is_scaled: bool = False
+) -> Callable[[Mapping[str, jax.Array]], jax.Array]:
+    """Returns a peer as a function of its arrays by name, as `programs.attend`.
+
+    Splash attention leaves the scale of the scores to its caller; `is_scaled` says that the queries have
+    it already, perhaps from the projection before.
+    """
+    if setting.peer == "jax flash":
+        inner = _flash(setting, shape)
+    else:
+        inner = _splash(setting, shape, 1.0 if is_scaled else shape.width**-0.5)
+
+    def run(arrays):
+        x = dict(arrays)
         if layout == "BTHC":
-            x = {**arrays, **{name: arrays[name].swapaxes(1, 2) for name in ("q", "k", "v")}}
-        y_BHTC = run(x)
+            x |= {name: arrays[name].swapaxes(1, 2) for name in ("q", "k", "v")}
+        y_BHTC = inner(x)
         return y_BHTC.swapaxes(1, 2) if layout == "BTHC" else y_BHTC
 
-    return programs.lower(attend, wanted, devices[0], layout)
+    return run
 
 
 def _flash(setting: Setting, shape: shapes.Attention):
@@ -148,7 +173,7 @@ def _flash(setting: Setting, shape: shapes.Attention):
     return run
 
 
-def _splash(setting: Setting, shape: shapes.Attention):
+def _splash(setting: Setting, shape: shapes.Attention, scale: float):
     q, k, step = setting.blocks
     blocks = {
         "block_q": q,
@@ -184,8 +209,8 @@ def _splash(setting: Setting, shape: shapes.Attention):
     run = kernel.make_splash_mha(mask, q_seq_shards=1, downcast_smem_data=False, **how)
 
     def attend(x):
-        # The scale of the scores is the caller's, who can make it part of a projection.
         how = {"sinks": x["sinks"].reshape(-1)} if "sinks" in x else {}
-        return jax.vmap(lambda *qkv: run(*qkv, **how))(x["q"], x["k"], x["v"])
+        q = x["q"] if scale == 1.0 else x["q"] * scale
+        return jax.vmap(lambda *qkv: run(*qkv, **how))(q, x["k"], x["v"])
 
     return attend

@@ -1,17 +1,16 @@
 """The kernels as programs for a TPU, lowered from sizes in words: targets of `aot.kernel_cost.Case`."""
 
+from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.aot import topology
 from llm_jax.kernels.costing import shapes
-from llm_jax.kernels.flash_attention import backward_visits
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
-from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import pallas
 
 
@@ -31,27 +30,34 @@ def attention(
       ValueError: what the kernels or the sizes do not take.
     """
     case, device = shapes.Attention(**shape), devices[0]
-    chosen = _with_blocks(device.device_kind, case.width, blocks or {})
-    mask = case.make_mask()
+    chosen = blocks_of(device.device_kind, case.width, **(blocks or {}))
+    return lower(attend(case, device.device_kind, chosen, layout), case, device, layout)
 
-    def attend(arrays):
+
+def attend(
+    shape: shapes.Attention, device_kind: str, blocks: blocks_lib.Blocks, layout: str
+) -> Callable[[Mapping[str, jax.Array]], jax.Array]:
+    """Returns the operation as a function of its arrays by name: q, k, v, sinks, the bias'."""
+    mask = shape.make_mask()
+
+    def run(arrays):
         q, k, v = (_laid(arrays[name], layout) for name in ("q", "k", "v"))
         y_BTKGC = pallas.attention(
             q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]),
             k,
             v,
             mask=mask,
-            scale=case.width**-0.5,
+            scale=shape.width**-0.5,
             chunk=512,
-            device_kind=device.device_kind,
-            softcap=case.softcap,
-            bias=case.make_bias(arrays),
+            device_kind=device_kind,
+            softcap=shape.softcap,
+            bias=shape.make_bias(arrays),
             sinks_KG=arrays.get("sinks"),
-            blocks=chosen,
+            blocks=blocks,
         )
         return _laid(y_BTKGC.reshape(*q.shape[:3], -1), layout)
 
-    return lower(attend, case, device, layout)
+    return run
 
 
 def target(name: str) -> str:
@@ -99,15 +105,12 @@ def _laid(x: jax.Array, layout: str) -> jax.Array:
     return jnp.swapaxes(x, 1, 2) if layout == "BHTC" else x
 
 
-def _with_blocks(device_kind: str, width: int, changes: dict[str, Any]) -> blocks_lib.Blocks:
+def blocks_of(
+    device_kind: str, width: int, forward: Mapping | None = None, backward: Mapping | None = None
+) -> blocks_lib.Blocks:
+    """Returns the sizes for a device, with fields changed."""
     table = blocks_lib.for_device(device_kind, width)
-    unknown = changes.keys() - {"forward", "backward"}
-    if unknown:
-        raise ValueError(f"blocks are of forward and backward, not of {', '.join(sorted(unknown))}")
-    forward: forward_visits.Blocks = dataclasses.replace(
-        table.forward, **changes.get("forward", {})
+    return blocks_lib.Blocks(
+        dataclasses.replace(table.forward, **(forward or {})),
+        dataclasses.replace(table.backward, **(backward or {})),
     )
-    backward: backward_visits.Blocks = dataclasses.replace(
-        table.backward, **changes.get("backward", {})
-    )
-    return blocks_lib.Blocks(forward, backward)
