@@ -5,7 +5,6 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 import pytest
@@ -14,7 +13,7 @@ from llm_jax import config as config_lib
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax import train_step
-from llm_jax.data import batch as batch_lib
+from llm_jax.aot import steps
 
 NAMES = sorted(
     path.stem
@@ -40,18 +39,9 @@ def test_config_lowers_for_its_slice(name):
     shape = mesh_lib.resolve_shape(config.mesh, _num_chips(config.slice))
     mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Explicit,) * len(shape))
     sharding.check(config, mesh)
-    rules = sharding.axis_rules(config.mesh)
-    size = (config.data.batch_size, config.data.sequence_length)
-    placed = jax.sharding.NamedSharding(mesh, rules.act("BT"))
-
-    def array(dtype):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=placed)
-
-    batch = batch_lib.Batch(
-        *(array(dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32))
-    )
+    batch = steps.abstract_batch(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(lambda: train_step.init_state(config, rules))
+        state = steps.abstract_state(config)
         new_state, metrics = jax.eval_shape(
             lambda state, batch: train_step.train_step(config, state, batch), state, batch
         )
