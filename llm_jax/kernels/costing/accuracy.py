@@ -30,16 +30,16 @@ class Errors:
 def of_ours(shape: shapes.Attention, device_kind: str) -> Errors:
     """Returns the errors of `flash_attention.pallas` with the block sizes of a device."""
     blocks = programs.blocks_of(device_kind, shape.width)
-    return _errors(shape, programs.attend(shape, "cpu", blocks, layout="BHTC"))
+    return errors(shape, programs.attend(shape, "cpu", blocks, layout="BHTC"))
 
 
 def of_peer(setting: peers.Setting, shape: shapes.Attention) -> Errors:
     """Returns the errors of somebody else's kernel."""
     with pltpu.force_tpu_interpret_mode():
-        return _errors(shape, peers.attend(setting, shape, layout="BHTC"))
+        return errors(shape, peers.attend(setting, shape, layout="BHTC"))
 
 
-def _errors(shape: shapes.Attention, attend: Callable[[Arrays], jax.Array]) -> Errors:
+def errors(shape: shapes.Attention, attend: Callable[[Arrays], jax.Array]) -> Errors:
     arrays, dy = _numbers(shape)
 
     def both(function, arrays, dy):
