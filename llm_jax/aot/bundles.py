@@ -174,9 +174,11 @@ def _unit(opcode: str) -> Unit | None:
 
 @functools.cache
 def _matmul_rows(opcode: str) -> int:
-    """Returns the rows of a product, in bfloat16's time: float32 ones take twice as long."""
+    """Returns the rows of a product, in bfloat16's time; narrower types have more in the same."""
     if not opcode.startswith("vmatmul"):
         return 0
+    if ".lmr" in opcode:
+        return 8
     for part in opcode.split("."):
         for dtype, rows in _ROWS.items():
             if part.startswith(dtype):

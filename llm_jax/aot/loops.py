@@ -1,4 +1,4 @@
-"""How often the loops of a scheduled module run, by computing their integer scalars."""
+"""How often the loops of a scheduled module run, by computing its integer scalars."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _DIRECTIONS = {
 _SAME = {"copy", "copy-start", "copy-done", "bitcast", "reshape", "convert", "opt-barrier"}
 
 
-class _Scope:
+class Scope:
     """One computation with what is known of its arguments: numbers, tuples of them, None."""
 
     def __init__(self, module: hlo.Module, computation: str, arguments: list):
@@ -64,7 +64,7 @@ class _Scope:
             return self.value(operands[0])
         if opcode == "fusion" and _is_scalar(operation):
             arguments = [self.value(name) for name in operands]
-            return _Scope(self._module, operation.called("calls"), arguments).root()
+            return Scope(self._module, operation.called("calls"), arguments).root()
         if opcode in _BINARY or opcode == "compare":
             function = _BINARY.get(opcode) or _DIRECTIONS[
                 re.search(r"direction=(\w+)", operation.attributes)[1]
@@ -86,22 +86,32 @@ def _number(operation: hlo.Operation) -> int | None:
     return int(operation.literal) if re.fullmatch(r"-?\d+", operation.literal) else None
 
 
-def num_turns(module: hlo.Module, computation: str, loop: hlo.Operation) -> int | None:
-    """Returns how often the body of a while loop runs, or None where that depends on data.
+def entry_scope(module: hlo.Module) -> Scope:
+    """Returns the scope of the entry computation, whose arguments are data."""
+    num_parameters = sum(o.opcode == "parameter" for o in module.computations[module.entry])
+    return Scope(module, module.entry, [None] * num_parameters)
+
+
+def first_turn(module: hlo.Module, scope: Scope, loop: hlo.Operation) -> tuple[int | None, Scope]:
+    """Returns how often the body of a while loop runs, and the scope of its first turn.
 
     Args:
-      computation: where the loop stands. What comes from that one's own arguments is not known.
+      scope: of the computation where the loop stands. In a loop in a loop, of the outer one's first
+        turn: the others are taken to be like it.
+
+    Returns:
+      The number of turns, None where it depends on data; the scope.
     """
-    if loop.trip_count is not None:
-        return loop.trip_count
-    num_parameters = sum(o.opcode == "parameter" for o in module.computations[computation])
-    state = _Scope(module, computation, [None] * num_parameters).value(loop.operands[0])
     condition, body = loop.called("condition"), loop.called("body")
+    state = scope.value(loop.operands[0])
+    first = Scope(module, body, [state])
+    if loop.trip_count is not None:
+        return loop.trip_count, first
     for turn in range(MAX_TURNS):
-        goes_on = _Scope(module, condition, [state]).root()
+        goes_on = Scope(module, condition, [state]).root()
         if goes_on is None:
-            return None
+            return None, first
         if not goes_on:
-            return turn
-        state = _Scope(module, body, [state]).root()
-    return None
+            return turn, first
+        state = Scope(module, body, [state]).root()
+    return None, first

@@ -106,7 +106,7 @@ class _Machine:
     def run(self, program: Sequence[bundles_lib.Bundle], max_traces: int) -> Execution:
         for opcode in sorted(self._translator.held_up):
             self._guess(f"the time of {opcode}")
-        registers = [translate.Unknown(0)] * self._translator.num_registers
+        registers = []
         trace, number = self._translator.trace, 0
         for _ in range(max_traces):
             if number >= len(program):
@@ -114,7 +114,7 @@ class _Machine:
             function = trace(number)
             if len(registers) < self._translator.num_registers:
                 missing = self._translator.num_registers - len(registers)
-                registers += [translate.Unknown(0)] * missing
+                registers += [translate.Unknown(0, "a register")] * missing
             number = function(self, registers)
         else:
             raise TooLongError(f"no end after {max_traces} traces, at bundle {number}")
@@ -150,29 +150,36 @@ class _Machine:
     def _guess(self, what: str) -> None:
         self._guesses[what] = True
 
+    def _check(self, what: str, value: int) -> None:
+        if type(value) is translate.Unknown:
+            self._guess(f"{what}, by {value.origin}")
+
     def left(self, index: int) -> None:
         """Notes that a trace was left by the exit `index`."""
         self._left[index] = self._left.get(index, 0) + 1
 
     def decide(self, condition: int, what: str) -> int:
         """Returns a condition; notes if it is a guess."""
-        if type(condition) is translate.Unknown:
-            self._guess(what)
+        self._check(what, condition)
         return condition
 
     def load(self, address: int) -> int:
+        """Returns a word of SMEM."""
+        if type(address) is translate.Unknown:
+            return translate.Unknown(0, address.origin)
         value = self.smem.get(address)
-        if value is None or type(address) is translate.Unknown:
-            return translate.Unknown(value or 0)
-        return value
+        return translate.Unknown(0, "SMEM") if value is None else value
 
     def scalar(self, index: int) -> int:
         """Returns the operand `index`, which is a single number."""
         words = self._operands.get(index)
-        return translate.Unknown(0) if words is None else words[0] & translate.MASK
+        if words is None:
+            return translate.Unknown(0, f"operand {index}")
+        return words[0] & translate.MASK
 
     def divide(self, dividend: int, divisor: int, is_remainder: bool, is_signed: bool) -> int:
-        is_known = translate.Unknown not in (type(dividend), type(divisor))
+        """Returns the quotient or the remainder, rounded towards zero."""
+        origins = [x.origin for x in (dividend, divisor) if type(x) is translate.Unknown]
         if is_signed:
             dividend, divisor = translate.signed(dividend), translate.signed(divisor)
         quotient = remainder = 0
@@ -181,7 +188,7 @@ class _Machine:
             quotient = -quotient if (dividend < 0) != (divisor < 0) else quotient
             remainder = -remainder if dividend < 0 else remainder
         value = (remainder if is_remainder else quotient) & translate.MASK
-        return value if is_known else translate.Unknown(value)
+        return translate.Unknown(value, origins[0]) if origins else value
 
     def start_dma(
         self, now: float, source: str, target: str, start: int, size: int, end: int, flag: int
@@ -211,7 +218,8 @@ class _Machine:
         for place in range(num_words):
             where = offset * _WORDS_PER_ADDRESS + place
             if words is None or where >= len(words):
-                self.smem.pop(end + place, None)
+                origin = f"operand {index}" if index >= 0 else "SMEM"
+                self.smem[end + place] = translate.Unknown(0, origin)
             else:
                 self.smem[end + place] = words[where] & translate.MASK
 
@@ -228,7 +236,3 @@ class _Machine:
         self._flags[int(flag)] = under_way
         self._stall_cycles += done - now
         return done - now
-
-    def _check(self, what: str, value: int) -> None:
-        if type(value) is translate.Unknown:
-            self._guess(what)

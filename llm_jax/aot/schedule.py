@@ -60,7 +60,7 @@ class Replay:
     """Goes through a scheduled module once.
 
     An operation takes as long as its bundles do; one that has none (it is done between the others)
-    takes the compiler's estimate. Copies that are started early share HBM among themselves, in turn,
+    takes the compiler's estimate, and one in a loop as long as in the first turn. Copies that are started early share HBM among themselves, in turn,
     and are waited for where the schedule says so. A loop costs its turns times its body. What was
     moved cannot be moved faster than HBM allows, so that is the least that the program takes.
     """
@@ -79,7 +79,7 @@ class Replay:
 
     def run(self) -> tuple[_Totals, tuple[kernel_cost.KernelCost, ...]]:
         """Returns the totals, and the operations with the costliest first."""
-        totals = self._replay(self._module.entry, 1)
+        totals = self._replay(self._module.entry, loops.entry_scope(self._module), 1)
         moved = totals.bytes_read + totals.bytes_written
         totals.seconds = max(totals.seconds, moved / self._bandwidth)
         operations = [
@@ -89,7 +89,7 @@ class Replay:
         operations.sort(key=lambda cost: -cost.seconds * cost.num_executions)
         return totals, tuple(operations)
 
-    def _replay(self, computation: str, times: int) -> _Totals:
+    def _replay(self, computation: str, scope: loops.Scope, times: int) -> _Totals:
         """Returns the totals of one turn of a computation, which is executed `times` times."""
         totals = _Totals()
         arrivals: dict[str, float] = {}
@@ -101,15 +101,19 @@ class Replay:
             if opcode.startswith(_COLLECTIVES):
                 self.not_modelled.add(opcode.removesuffix("-done").removesuffix("-start"))
             elif opcode == "while":
-                turns = loops.num_turns(self._module, computation, operation)
+                turns, inside = loops.first_turn(self._module, scope, operation)
                 if turns is None:
                     self.not_modelled.add(f"turns of {operation.name} (taken as one)")
                 body = operation.called("body")
-                totals.add(self._replay(body, times * (turns or 1)), turns or 1)
+                turns = 1 if turns is None else turns
+                totals.add(self._replay(body, inside, times * turns), turns)
             elif opcode == "call":
-                totals.add(self._replay(operation.called("to_apply"), times), 1)
+                name = operation.called("to_apply")
+                arguments = [scope.value(operand) for operand in operation.operands]
+                inside = loops.Scope(self._module, name, arguments)
+                totals.add(self._replay(name, inside, times), 1)
             elif opcode == "conditional":
-                totals.add(self._costliest_branch(operation, times), 1)
+                totals.add(self._costliest_branch(operation, scope, times), 1)
             elif opcode.endswith("-start"):
                 read, written = _moved(operation)
                 begun = max(totals.seconds, hbm_free)
@@ -120,18 +124,25 @@ class Replay:
                 arrived = max((arrivals.pop(name, 0.0) for name in operation.operands), default=0.0)
                 totals.seconds = max(totals.seconds, arrived)
             else:
-                totals.add(self._operation(computation, operation, times), 1)
+                totals.add(self._operation(computation, scope, operation, times), 1)
         return totals
 
-    def _costliest_branch(self, operation: hlo.Operation, times: int) -> _Totals:
+    def _costliest_branch(
+        self, operation: hlo.Operation, scope: loops.Scope, times: int
+    ) -> _Totals:
         named = re.search(r"branch_computations=\{([^}]*)\}", operation.attributes)
         names = re.findall(r"%?([\w.\-]+)", named[1]) if named else []
         names += [operation.called(f"{word}_computation") for word in ("true", "false")]
         self.not_modelled.add(f"the choice of {operation.name} (the costliest was taken)")
-        branches = [self._replay(name, times) for name in names if name]
+        branches = []
+        for name, operand in zip(filter(None, names), operation.operands[1:]):
+            inside = loops.Scope(self._module, name, [scope.value(operand)])
+            branches.append(self._replay(name, inside, times))
         return max(branches, key=lambda branch: branch.seconds)
 
-    def _operation(self, computation: str, operation: hlo.Operation, times: int) -> _Totals:
+    def _operation(
+        self, computation: str, scope: loops.Scope, operation: hlo.Operation, times: int
+    ) -> _Totals:
         path = self._bundles_of(operation)
         if path is None and operation.opcode == "custom-call" and not operation.is_kernel:
             return _Totals()  # another name for its operands
@@ -140,7 +151,7 @@ class Replay:
             self._known[name] = (
                 self._estimate(operation, ())
                 if path is None
-                else self._execute(computation, operation, path)
+                else self._execute(computation, scope, operation, path)
             )
         self._executions[name] = self._executions.get(name, 0) + times
         cost = self._known[name]
@@ -153,9 +164,13 @@ class Replay:
         return self._files.get(name) or self._files.get(self._originals.get(name, ""))
 
     def _execute(
-        self, computation: str, operation: hlo.Operation, path: pathlib.Path
+        self, computation: str, scope: loops.Scope, operation: hlo.Operation, path: pathlib.Path
     ) -> kernel_cost.KernelCost:
         operands = self._module.constant_operands(computation, operation)
+        for index, name in enumerate(operation.operands):
+            value = scope.value(name)
+            if isinstance(value, int):
+                operands.setdefault(index, [value])
         try:
             cores = machine.execute(bundles.parse(path), self._chip, operands)
         except (bundles.FormatError, machine.TooLongError) as error:

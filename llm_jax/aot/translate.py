@@ -23,14 +23,24 @@ class Unknown(int):
     """A guess at a value that the program reads but nobody knows, or what was computed from one.
 
     Python asks the operators of a subclass first, so what comes of an `Unknown` is one as well.
+
+    Attributes:
+      origin: where it, or the first of them, was read.
     """
+
+    origin: str
+
+    def __new__(cls, value: int, origin: str):
+        unknown = super().__new__(cls, value)
+        unknown.origin = origin
+        return unknown
 
 
 def _tainted(name: str):
     operator = getattr(int, name)
 
     def method(self, other):
-        return Unknown(operator(int(self), int(other)))
+        return Unknown(operator(int(self), int(other)), self.origin)
 
     return method
 
@@ -38,7 +48,7 @@ def _tainted(name: str):
 def _and(self, other):
     if type(other) is not Unknown and not other:
         return 0  # whatever the other is
-    return Unknown(int(self) & int(other))
+    return Unknown(int(self) & int(other), self.origin)
 
 
 for _name in ("add", "sub", "mul", "or", "xor", "lshift", "rshift"):
@@ -57,7 +67,7 @@ def signed(value: int) -> int:
 
 def _choose(condition: int, yes: int, no: int) -> int:
     chosen = yes if condition else no
-    return Unknown(chosen) if type(condition) is Unknown else chosen
+    return Unknown(chosen, condition.origin) if type(condition) is Unknown else chosen
 
 
 # Opcodes by their first part; operands are 32 bits wide, predicates 0 or 1.
@@ -227,7 +237,7 @@ class Translator:
 
     def _value(self, operand: bundles_lib.Operand) -> str:
         if not operand.is_known:
-            return "Unknown(0)"
+            return "Unknown(0, 'an operand that cannot be read')"
         number = operand.number & MASK
         if operand.allocation is not None:
             number += self._allocation(operand.allocation)
@@ -300,7 +310,7 @@ class Translator:
             return str(operand_address(index)) if suffix else f"machine.scalar({index})"
         if opcode == "spop.drf":
             return self._division_result(instruction)
-        return "Unknown(0)"
+        return f"Unknown(0, {opcode!r})"
 
     def _pointer(self, operand: bundles_lib.Operand) -> str:
         """Returns an address from before the shift that turns it into what DMAs are told.
