@@ -108,6 +108,7 @@ class Module:
 
     Attributes:
       computations: operations in the order of the schedule, by the name of the computation.
+      by_name: the same operations, by computation and name.
       entry: the name of the one that runs.
     """
 
@@ -138,7 +139,7 @@ class Module:
         self._literals = {
             match[1]: match[2] for match in map(_CONSTANT.match, literals.splitlines()) if match
         }
-        self._by_name = {
+        self.by_name = {
             name: {operation.name: operation for operation in operations}
             for name, operations in self.computations.items()
         }
@@ -155,20 +156,20 @@ class Module:
         Constants are followed through copies and into loops that hand them round unchanged. Those of
         other than 32-bit integers are left out.
         """
-        words = {}
+        constants = {}
         for index, name in enumerate(operation.operands):
             constant = self._constant(computation, name)
-            source = self._by_name[computation][name]
+            source = self.by_name[computation][name]
             if constant is not None and source.types:
                 literal = self._literals.get(constant.name, constant.literal)
-                found = _words(literal, source.types[0])
+                found = words(literal, source.types[0])
                 if found is not None:
-                    words[index] = found
-        return words
+                    constants[index] = found
+        return constants
 
     def _constant(self, computation: str, name: str, index: int | None = None) -> Operation | None:
         """Returns the constant that `name`, or its tuple's element `index`, is a copy of."""
-        operation = self._by_name[computation].get(name)
+        operation = self.by_name[computation].get(name)
         while operation is not None:
             if operation.opcode == "constant":
                 return operation if index is None else None
@@ -179,14 +180,16 @@ class Module:
                 index = int(re.search(r"index=(\d+)", operation.attributes)[1])
             elif operation.opcode in _PASSING:
                 name = operation.operands[0]
-            elif operation.opcode == "parameter" and computation in self._loops and index is not None:
+            elif (
+                operation.opcode == "parameter" and computation in self._loops and index is not None
+            ):
                 outside = self._unchanged(computation, operation.name, index)
                 if outside is None:
                     return None
                 computation, name = outside
             else:
                 return None
-            operation = self._by_name[computation].get(name)
+            operation = self.by_name[computation].get(name)
         return None
 
     def _unchanged(self, body: str, parameter: str, index: int) -> tuple[str, str] | None:
@@ -194,12 +197,13 @@ class Module:
         root = next(operation for operation in self.computations[body] if operation.is_root)
         if root.opcode != "tuple":
             return None
-        handed_on = self._by_name[body][root.operands[index]]
+        handed_on = self.by_name[body][root.operands[index]]
         is_same = handed_on.opcode == "get-tuple-element" and handed_on.operands == (parameter,)
         if not is_same or f"index={index}" not in re.split(r"[,\s]+", handed_on.attributes):
             return None
         outside, loop = self._loops[body]
         return outside, loop.operands[0]
+
 
 def parse_operation(line: str) -> Operation:
     """Returns the operation of a line `%name = type opcode(operands), attributes`."""
@@ -254,7 +258,7 @@ def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
-def _words(literal: str, array: Array) -> list[int] | None:
+def words(literal: str, array: Array) -> list[int] | None:
     """Returns the words of an array of 32-bit integers as they lie in memory, else None."""
     if array.dtype not in ("s32", "u32") or array.is_tiled_twice:
         return None

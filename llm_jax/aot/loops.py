@@ -34,19 +34,21 @@ class Scope:
 
     def __init__(self, module: hlo.Module, computation: str, arguments: list):
         self._module = module
-        self._operations = {o.name: o for o in module.computations[computation]}
+        self._computation = computation
         self._arguments = arguments
         self._known = {}
 
     def value(self, name: str):
         """Returns the value of an operation: a number, a tuple, or None where it is not known."""
         if name not in self._known:
-            self._known[name] = self._compute(self._operations[name])
+            operation = self._module.by_name[self._computation][name]
+            self._known[name] = self._compute(operation)
         return self._known[name]
 
     def root(self):
         """Returns the value of the computation."""
-        return self.value(next(o.name for o in self._operations.values() if o.is_root))
+        operations = self._module.computations[self._computation]
+        return self.value(next(o.name for o in operations if o.is_root))
 
     def _compute(self, operation: hlo.Operation):
         opcode, operands = operation.opcode, operation.operands
@@ -66,9 +68,10 @@ class Scope:
             arguments = [self.value(name) for name in operands]
             return Scope(self._module, operation.called("calls"), arguments).root()
         if opcode in _BINARY or opcode == "compare":
-            function = _BINARY.get(opcode) or _DIRECTIONS[
-                re.search(r"direction=(\w+)", operation.attributes)[1]
-            ]
+            function = (
+                _BINARY.get(opcode)
+                or _DIRECTIONS[re.search(r"direction=(\w+)", operation.attributes)[1]]
+            )
             left, right = (self.value(name) for name in operands)
             return None if None in (left, right) else int(function(left, right))
         return None

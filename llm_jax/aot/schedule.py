@@ -238,7 +238,9 @@ def _moved(operation: hlo.Operation) -> tuple[int, int]:
 
     Its type lists source and target, in either order, and then what the hardware needs.
     """
-    arrays = [array for array in operation.types if array.dtype not in ("u32", "s32") or array.shape]
+    arrays = [
+        array for array in operation.types if array.dtype not in ("u32", "s32") or array.shape
+    ]
     if len(arrays) < 2:
         return 0, 0
     size = min(array.num_bytes for array in arrays[:2])

@@ -299,7 +299,9 @@ class Translator:
         if name == "int_to_ptr":
             return self._pointer(instruction.operands[0])
         if name == "sld":
-            return "machine.core" if "core id" in instruction.comment else f"machine.load({values[0]})"
+            return (
+                "machine.core" if "core id" in instruction.comment else f"machine.load({values[0]})"
+            )
         if name == "scmp" and ".f32" not in opcode:
             return _comparison(suffix, values)
         if name in _EXTREMES:

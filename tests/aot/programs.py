@@ -1,6 +1,8 @@
 """Programs to compile for TPUs, each a function that lowers one for the devices of a slice."""
 
 import functools
+import os
+import time
 
 import jax
 from jax.experimental import pallas as pl
@@ -113,3 +115,13 @@ def lower_gather(devices, *, pages, is_known):
     if is_known:
         return jax.jit(lambda x_MN: kernel(jnp.array(pages, jnp.int32), x_MN)).lower(x_MN)
     return jax.jit(kernel).lower(topology.array((len(pages),), jnp.int32, devices[0]), x_MN)
+
+
+def lower_endless(devices):
+    """Takes longer than anyone waits."""
+    time.sleep(1e6)
+
+
+def lower_and_die(devices):
+    """Ends the process as libtpu does when a check of its own fails."""
+    os.abort()
