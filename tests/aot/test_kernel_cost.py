@@ -58,7 +58,7 @@ def test_traffic_is_that_of_the_blocks(small):
 def test_tables_decide_what_is_fetched_and_unknown_ones_are_said(small):
     (known,), (unknown,) = small["known"].kernels, small["unknown"].kernels
     assert known.is_exact and small["known"].is_exact
-    assert known.hbm_bytes_read == 5 * 256 * 256 * 4
+    assert known.hbm_bytes_read == 5 * 256 * 256 * 4 + 512  # and the table
     assert not unknown.is_exact and not small["unknown"].is_exact
     assert all("operand 0" in guess for guess in unknown.guesses)
 
@@ -83,10 +83,14 @@ def test_refusals_are_results_with_a_reason(small):
 
 
 @pytest.mark.slow
-def test_what_takes_too_long_or_dies_is_refused_and_the_rest_goes_on(tmp_path):
-    cases = [_case("lower_endless"), _case("lower_and_die"), SMALL["known"]]
-    endless, dead, known = kernel_cost.costs(cases, timeout_seconds=45)
-    assert "45 s" in endless.reason
+def test_what_takes_too_long_is_refused():
+    (result,) = kernel_cost.costs([_case("lower_endless")], timeout_seconds=6)
+    assert "6 s" in result.reason
+
+
+@pytest.mark.slow
+def test_what_ends_the_compiler_is_refused_and_the_rest_goes_on():
+    dead, known = kernel_cost.costs([_case("lower_and_die"), SMALL["known"]])
     assert "signal 6" in dead.reason
     assert isinstance(known, kernel_cost.ProgramCost)
 
