@@ -24,7 +24,10 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["llm_jax", "llm_jax.*"]),
-    package_data={"llm_jax.data.builders.state_of_the_union": ["*.jsonl.xz", "README.md"]},
+    package_data={
+        "llm_jax.kernels.flash_attention": ["block_table.json"],
+        "llm_jax.data.builders.state_of_the_union": ["*.jsonl.xz", "README.md"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",

@@ -449,7 +449,7 @@ def test_heads_too_wide_are_named_and_any_length_fits():
 
 def test_sizes_follow_what_vmem_holds():
     def span(mask, length):
-        sizes = blocks_lib.for_device("TPU v6 lite", 128).forward
+        sizes = blocks_lib.for_device("TPU v6 lite", 128, 4096).forward
         lengths, widths = (length, length), (128, 128)
         sizes = forward.fitted(sizes, mask, lengths, widths, jnp.bfloat16)
         keys = sizes.span or length

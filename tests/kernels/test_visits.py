@@ -97,7 +97,10 @@ def _walked(visits, sizes, b, num_keys):
             for base in tables["kv"][begin:end] * chunk:
                 assert origin <= base and base + sizes.kv <= origin + visits.span
                 parts += [
-                    (np.s_[r * tile : (r + 1) * tile, base + c * chunk : base + (c + 1) * chunk], part)
+                    (
+                        np.s_[r * tile : (r + 1) * tile, base + c * chunk : base + (c + 1) * chunk],
+                        part,
+                    )
                     for r, of_tile in enumerate(kind.pattern)
                     for c, part in enumerate(of_tile)
                     if part != forward_visits.SKIP
@@ -167,7 +170,7 @@ def test_backward_visits_cover_the_mask_once(is_traced, is_q_outer, case):
 
 
 def test_work_is_in_proportion_to_what_is_open():
-    chosen = blocks.for_device("TPU v5 lite", 128)
+    chosen = blocks.Blocks(backward=backward_visits.Blocks(masked_q=256, masked_k=256))
 
     def pairs(mask, length):
         sizes = forward_visits.fitted(chosen.forward, mask, length, length)
@@ -205,4 +208,4 @@ def test_sizes_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="macro_k, open_k, masked_k"):
         backward_visits.Blocks(masked_k=384)
     with pytest.raises(ValueError, match="'GPU'.*TPU v5 lite"):
-        blocks.for_device("GPU", 64)
+        blocks.for_device("GPU", 64, 128)

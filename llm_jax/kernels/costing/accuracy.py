@@ -29,7 +29,7 @@ class Errors:
 
 def of_ours(shape: shapes.Attention, device_kind: str) -> Errors:
     """Returns the errors of `flash_attention.pallas` with the block sizes of a device."""
-    blocks = programs.blocks_of(device_kind, shape.width)
+    blocks = programs.blocks_of(device_kind, shape.width, 4096)
     return errors(shape, programs.attend(shape, "cpu", blocks, layout="BHTC"))
 
 

@@ -30,7 +30,7 @@ def attention(
       ValueError: what the kernels or the sizes do not take.
     """
     case, device = shapes.Attention(**shape), devices[0]
-    chosen = blocks_of(device.device_kind, case.width, **(blocks or {}))
+    chosen = blocks_of(device.device_kind, case.width, case.length, **(blocks or {}))
     return lower(attend(case, device.device_kind, chosen, layout), case, device, layout)
 
 
@@ -106,10 +106,14 @@ def _laid(x: jax.Array, layout: str) -> jax.Array:
 
 
 def blocks_of(
-    device_kind: str, width: int, forward: Mapping | None = None, backward: Mapping | None = None
+    device_kind: str,
+    width: int,
+    length: int,
+    forward: Mapping | None = None,
+    backward: Mapping | None = None,
 ) -> blocks_lib.Blocks:
     """Returns the sizes for a device, with fields changed."""
-    table = blocks_lib.for_device(device_kind, width)
+    table = blocks_lib.for_device(device_kind, width, length)
     return blocks_lib.Blocks(
         dataclasses.replace(table.forward, **(forward or {})),
         dataclasses.replace(table.backward, **(backward or {})),

@@ -96,7 +96,7 @@ def _choose(
     if is_library:
         return "jax_nn"
     if device_kind.startswith("TPU") and blocks_lib.is_known(device_kind):
-        blocks = blocks_lib.for_device(device_kind, q_BTKGC.shape[-1])
+        blocks = blocks_lib.for_device(device_kind, q_BTKGC.shape[-1], q_BTKGC.shape[1])
         if pallas.refusal(q_BTKGC, v_BSKC, bias, blocks) is None:
             return "pallas"
     return "chunked" if q_BTKGC.shape[1] > chunk else "reference"

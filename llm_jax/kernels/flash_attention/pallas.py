@@ -58,7 +58,9 @@ def attention(
     Raises:
       ValueError: a device without kernels, or a score, length or sharding that they do not take.
     """
-    chosen = blocks or blocks_lib.for_device(device_kind, q_BTKGC.shape[-1])
+    chosen = blocks or blocks_lib.for_device(
+        device_kind, q_BTKGC.shape[-1], q_BTKGC.shape[1]
+    )
     reason = refusal(q_BTKGC, v_BSKC, bias, chosen)
     if reason is not None:
         raise ValueError(f"attention 'pallas' {reason}; use 'chunked'")
