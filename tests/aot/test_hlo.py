@@ -27,6 +27,8 @@ _LOOP = """HloModule jit_f, is_scheduled=true
   %copy.2 = s32[4]{{0:T(128)S(1)}} copy(%table.2)
   %next.2 = s32[]{{:T(128)}} fusion(%i.2), kind=kLoop, calls=%advance
   %y.2 = f32[8]{{0:T(128)}} custom-call(%copy.2, %x.2), custom_call_target="tpu_custom_call"
+  %other.2 = (f32[8]{{0:T(128)}}, f32[8]{{0:T(128)}}, s32[4]{{0:T(128)}}) tuple(%y.2, %x.2, %copy.2)
+  %third.2 = s32[4]{{0:T(128)}} get-tuple-element(%other.2), index=2
   ROOT %tuple.2 = (s32[]{{:T(128)}}, f32[8]{{0:T(128)}}, s32[4]{{0:T(128)}}) tuple(%next.2, %y.2, {handed_on})
 }}
 
@@ -89,8 +91,9 @@ def test_constants_are_followed_into_loops_that_hand_them_on():
     assert kernel.is_kernel
     words = module.constant_operands("body", kernel)
     assert {index: found[:4] for index, found in words.items()} == {0: [7, 1, -1, 5]}
-    changed = _module(handed_on="%copy.2")
-    assert not changed.constant_operands("body", changed.by_name["body"]["y.2"])
+    for other in ("%copy.2", "%third.2"):
+        changed = _module(handed_on=other)
+        assert not changed.constant_operands("body", changed.by_name["body"]["y.2"])
 
 
 @settings(max_examples=30, deadline=None)

@@ -62,6 +62,16 @@ def test_what_stands_in_delay_slots_is_executed_and_what_is_jumped_over_is_not(r
         assert done.cycles == 1 + executed + 1
 
 
+def test_a_branch_is_taken_though_another_leads_into_its_delay_slots(run):
+    known = "%p9_p0 = pmov 0"
+    never = "%2 = sbr.rel (%p9_p0) target bundleno = 7 (0x7), region = 1"
+    jump = "%1 = sbr.rel target bundleno = 16 (0x10), region = 1"
+    add = "%v1_v0 = vadd.f32 %v2_v0, %v2_v0"
+    done = run([known, never, *[""] * 4, jump, *[add] * 9, ""])
+    assert done.slots[bundles.Unit.VALU] == V5E.delay_slots
+    assert done.cycles == 7 + V5E.delay_slots + 1
+
+
 def test_a_bundle_reads_what_was_before_it(run):
     """Two phis that change places, the first turn apart: Fibonacci's numbers."""
     lines = [
@@ -110,6 +120,7 @@ def test_copies_count_the_hbm_that_they_cross_both_ways(run):
     pointer = "%s12_s2 = int_to_ptr.vmem [resolvable:$true] %s11_s2"
     done = run([assembly.OPERAND, "%s11_s2 = sshll.u32 [#allocation3], 4", pointer, general])
     assert (done.hbm_bytes_read, done.hbm_bytes_written) == (0, 100 * machine.GRANULE)
+    assert done.cycles == pytest.approx(3 + LATENCY + 100 * machine.GRANULE / BYTES_PER_CYCLE)
 
 
 @quick
@@ -197,6 +208,12 @@ def test_what_nobody_knows_and_nothing_depends_on_is_no_guess(run):
     assert not run([*lines, branch, *[""] * 5]).guesses
     guessed = run([*lines, branch.replace("p14_p3", "p12_p1"), *[""] * 5])
     assert guessed.guesses == ("a condition of sbr.rel, by SMEM",)
+    combined = [
+        *lines[:3],
+        "%p13_p2 = scmp.eq.s32.totalorder 1, 1",
+        "%p14_p3 = pand %p13_p2, %p12_p1",
+    ]
+    assert run([*combined, branch, *[""] * 5]).guesses == guessed.guesses
 
 
 def test_cores_share_the_memory_and_know_their_number(run, tmp_path):
