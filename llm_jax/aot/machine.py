@@ -170,6 +170,13 @@ class _Machine:
         value = self.smem.get(address)
         return translate.Unknown(0, "SMEM") if value is None else value
 
+    def store(self, condition: int, address: int, value: int) -> None:
+        """Stores a word if a condition holds; if that is not known, nor is the word from then on."""
+        if condition:
+            self.smem[address] = value
+        if type(condition) is translate.Unknown:
+            self.smem[address] = translate.Unknown(self.load(address), condition.origin)
+
     def scalar(self, index: int) -> int:
         """Returns the operand `index`, which is a single number."""
         words = self._operands.get(index)

@@ -260,6 +260,8 @@ class Translator:
         now = f"t + {position}"
         values = [self._value(operand) for operand in instruction.operands]
         lines = []
+        if opcode == "sst" and instruction.predicate is not None:
+            return [f"machine.store({self._value(instruction.predicate)}, {', '.join(values)})"]
         if opcode == "sst":
             lines = [f"smem[{values[0]}] = {values[1]}"]
         elif opcode == "dma.done.wait":

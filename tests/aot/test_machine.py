@@ -216,6 +216,19 @@ def test_what_nobody_knows_and_nothing_depends_on_is_no_guess(run):
     assert run([*combined, branch, *[""] * 5]).guesses == guessed.guesses
 
 
+def test_a_store_that_may_not_happen_matters_where_it_is_read(run):
+    lines = [
+        "%s10_s1 = spop %9",
+        "%p11_p1 = scmp.lt.s32.totalorder %s10_s1, 5",
+        "%12 = sst [smem:[#allocation2]] 4",
+        "%13 = sst [smem:[#allocation2]] (%p11_p1), 6",
+    ]
+    assert not run(lines).guesses
+    read = run(assembly.loop("%s14_s2", [], [*lines, "%s14_s2 = sld [smem:[#allocation2]]"]))
+    assert read.guesses == ("a condition of sbr.rel, by spop",)
+    assert read.cycles == 6 + 7 * 6
+
+
 def test_cores_share_the_memory_and_know_their_number(run, tmp_path):
     lines = [
         assembly.OPERAND,
