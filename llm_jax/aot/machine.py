@@ -150,9 +150,12 @@ class _Machine:
     def _guess(self, what: str) -> None:
         self._guesses[what] = True
 
-    def _check(self, what: str, value: int) -> None:
+    def _known(self, what: str, value: int) -> int:
+        """Returns a value that decides something as a plain number; notes if it is a guess."""
         if type(value) is translate.Unknown:
             self._guess(f"{what}, by {value.origin}")
+            return int(value)
+        return value
 
     def left(self, index: int) -> None:
         """Notes that a trace was left by the exit `index`."""
@@ -160,8 +163,7 @@ class _Machine:
 
     def decide(self, condition: int, what: str) -> int:
         """Returns a condition; notes if it is a guess."""
-        self._check(what, condition)
-        return condition
+        return self._known(what, condition)
 
     def load(self, address: int) -> int:
         """Returns a word of SMEM."""
@@ -201,8 +203,8 @@ class _Machine:
         self, now: float, source: str, target: str, start: int, size: int, end: int, flag: int
     ) -> None:
         """Sends `size` granules from address `start` in one memory to `end` in another."""
-        self._check("the size of a DMA", size)
-        self._check("the flag of a DMA", flag)
+        size = self._known("the size of a DMA", size)
+        flag = self._known("the flag of a DMA", flag)
         num_bytes = size * GRANULE
         num_crossings = (source == "hbm") + (target == "hbm")
         if num_crossings:
@@ -217,7 +219,7 @@ class _Machine:
             self._fill_smem(start, end, num_bytes // _WORD)
         elif "unknown" in (source, target):
             self._guess(f"a DMA from {source} to {target}")
-        self._flags.setdefault(int(flag), []).append((done, size))
+        self._flags.setdefault(flag, []).append((done, size))
 
     def _fill_smem(self, start: int, end: int, num_words: int) -> None:
         index, offset = translate.operand_at(start)
@@ -232,14 +234,14 @@ class _Machine:
 
     def wait(self, now: float, flag: int, size: int) -> float:
         """Waits until `size` granules have arrived under a flag; returns for how long."""
-        self._check("the size of a wait", size)
-        self._check("the flag of a wait", flag)
-        under_way = sorted(self._flags.get(int(flag), ()))
+        size = self._known("the size of a wait", size)
+        flag = self._known("the flag of a wait", flag)
+        under_way = sorted(self._flags.get(flag, ()))
         done = now
         while under_way and size > 0:
             arrival, arrived = under_way.pop(0)
             done = max(done, arrival)
             size -= arrived
-        self._flags[int(flag)] = under_way
+        self._flags[flag] = under_way
         self._stall_cycles += done - now
         return done - now

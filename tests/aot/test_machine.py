@@ -216,6 +216,19 @@ def test_what_nobody_knows_and_nothing_depends_on_is_no_guess(run):
     assert run([*combined, branch, *[""] * 5]).guesses == guessed.guesses
 
 
+def test_guessed_sizes_and_flags_leave_plain_numbers(run):
+    lines = [
+        assembly.OPERAND,
+        "%s11_s2 = sld [smem:[#allocation2]]",
+        assembly.copy_from_hbm("%s11_s2", "%s11_s2"),
+        "%8 = dma.done.wait %s11_s2, %s11_s2",
+    ]
+    done = run(lines)
+    assert len(done.guesses) == 4
+    for field in dataclasses.astuple(done)[:4]:
+        assert type(field) in (int, float)
+
+
 def test_a_store_that_may_not_happen_matters_where_it_is_read(run):
     lines = [
         "%s10_s1 = spop %9",
