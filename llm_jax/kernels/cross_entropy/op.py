@@ -1,0 +1,119 @@
+"""One signature for every implementation of the cross-entropy of an output head."""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+
+from llm_jax.kernels.cross_entropy import chunked
+from llm_jax.kernels.cross_entropy import reference
+
+_LOG = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("auto", "reference", "chunked")
+
+# Of float32 logits on a device, bytes. See `_choose`.
+_LARGEST_WHOLE = 256 << 20
+
+
+class TokenLosses(NamedTuple):
+    """Losses of tokens, float32.
+
+    Attributes:
+      objective: scalar, the sum of weights * (cross_entropy + z_loss * log_z^2). It alone has a
+        gradient: to states, head and weights.
+      cross_entropy_BT: of the targets, in nats.
+      log_z_BT: the logsumexp of a token's logits.
+    """
+
+    objective: jax.Array
+    cross_entropy_BT: jax.Array
+    log_z_BT: jax.Array
+
+
+def cross_entropy(
+    x_BTD: jax.Array,
+    head: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    head_dims: str,
+    implementation: str,
+    chunk: int,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> TokenLosses:
+    """Scores targets with `softmax(softcap(x @ head))` by the named implementation.
+
+    `reference` holds all logits; `chunked` those of `chunk` tokens of a device. `auto` takes
+    `chunked` where float32 logits of all tokens of a device would weigh more than 256 MiB. The log
+    says what it took.
+
+    Args:
+      x_BTD: hidden states, in the compute dtype: products are of this dtype, sums are float32.
+      head: [V, D] or [D, V], in any float dtype.
+      targets_BT: int32 ids in [0, V).
+      weights_BT: float32, 0 where a token does not count.
+      head_dims: `VD` or `DV`.
+      chunk: tokens of a device whose logits exist at a time.
+      softcap: logits are capped to +-this by tanh; None: they are not.
+      z_loss: weight of the squared logsumexp (Chowdhery et al. 2022, section 5).
+
+    Raises:
+      ValueError: shapes that do not fit each other, an unknown implementation, or a sharding that
+        it does not take.
+    """
+    _check(x_BTD, head, targets_BT, weights_BT, head_dims, chunk)
+    if implementation == "auto":
+        implementation = _choose(x_BTD, head, head_dims, chunk)
+    how = {"head_dims": head_dims, "softcap": softcap, "z_loss": z_loss}
+    if implementation == "reference":
+        results = reference.cross_entropy(x_BTD, head, targets_BT, weights_BT, **how)
+    elif implementation == "chunked":
+        results = chunked.cross_entropy(x_BTD, head, targets_BT, weights_BT, chunk=chunk, **how)
+    else:
+        raise ValueError(
+            f"cross-entropy implementation {implementation!r} is none of"
+            f" {', '.join(IMPLEMENTATIONS)}"
+        )
+    objective, *terms = results
+    return TokenLosses(objective, *map(jax.lax.stop_gradient, terms))
+
+
+def _choose(x_BTD: jax.Array, head: jax.Array, head_dims: str, chunk: int) -> str:
+    tokens = jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)
+    num_tokens = tokens[0] * tokens[1]
+    num_ids = jax.typeof(head).sharding.shard_shape(head.shape)[head_dims.index("V")]
+    num_bytes = 4 * num_tokens * num_ids
+    is_large = num_tokens > chunk and num_bytes > _LARGEST_WHOLE
+    implementation = "chunked" if is_large else "reference"
+    _say(implementation, num_tokens, num_ids, num_bytes >> 20)
+    return implementation
+
+
+@functools.cache
+def _say(implementation: str, num_tokens: int, num_ids: int, mebibytes: int) -> None:
+    """Logs a choice once."""
+    _LOG.info(
+        "cross-entropy of %d tokens over %d ids a device (%d MiB of logits): %s",
+        *(num_tokens, num_ids, mebibytes, implementation),
+    )
+
+
+def _check(x_BTD, head, targets_BT, weights_BT, head_dims, chunk) -> None:
+    if head_dims not in ("VD", "DV"):
+        raise ValueError(f"head_dims = {head_dims!r}: use 'VD' or 'DV'")
+    is_fit = x_BTD.ndim == 3 and head.ndim == 2
+    if not is_fit or head.shape[head_dims.index("D")] != x_BTD.shape[2]:
+        raise ValueError(
+            f"states [B,T,D] = {x_BTD.shape} do not fit a head [{','.join(head_dims)}] ="
+            f" {head.shape}"
+        )
+    for name, array in (("targets", targets_BT), ("weights", weights_BT)):
+        if array.shape != x_BTD.shape[:2]:
+            raise ValueError(
+                f"{name} [B,T] = {array.shape} do not fit states [B,T,D] = {x_BTD.shape}"
+            )
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}: use 1 token or more")
