@@ -81,10 +81,13 @@ def _sums(tokens: cross_entropy.TokenLosses, batch: batch_lib.Batch) -> losses.L
 
 
 def loss_sums(
-    config: config_lib.RunConfig, model: decoder.Decoder, batch: batch_lib.Batch
+    config: config_lib.RunConfig,
+    model: decoder.Decoder,
+    batch: batch_lib.Batch,
+    key: jax.Array | None = None,
 ) -> losses.LossSums:
-    """Returns the summed losses of a batch, without dropout."""
-    return _sums(token_losses(config, model, batch), batch)
+    """Returns the summed losses of a batch; `key` turns dropout on."""
+    return _sums(token_losses(config, model, batch, key), batch)
 
 
 def gradients(

@@ -69,17 +69,23 @@ def _objective(static, weights_BT, cross_entropy_BT, log_z_BT):
     return jnp.sum(weights_BT * losses_BT), cross_entropy_BT, log_z_BT
 
 
-def _forward(static, x_BTD, head, targets_BT, weights_BT):
+def _forward(static, *primals):
+    x_BTD, head, targets_BT, weights_BT = (primal.value for primal in primals)
     *terms, dx_BTD, dhead = _on_each_device(
         _score_and_differentiate, static, x_BTD, head, targets_BT, weights_BT
     )
     results = _objective(static, weights_BT, *terms)
-    return results, (dx_BTD, dhead, terms)
+    return results, (dx_BTD, dhead, *terms)
 
 
 def _backward(static, residuals, cotangents):
-    dx_BTD, dhead, (cross_entropy_BT, log_z_BT) = residuals
-    scale = cotangents[0]  # The others are of results without a gradient.
+    dx_BTD, dhead, cross_entropy_BT, log_z_BT = residuals
+    scale, *others = cotangents
+    if not all(isinstance(x, jax.custom_derivatives.SymbolicZero) for x in others):
+        raise ValueError(
+            "cross-entropy 'chunked' has made the gradient of the objective alone, and that of a"
+            " token's cross_entropy or log_z is asked for; use 'reference'"
+        )
 
     def scaled(x):
         return (scale * x.astype(jnp.float32)).astype(x.dtype)
@@ -89,7 +95,7 @@ def _backward(static, residuals, cotangents):
     return scaled(dx_BTD), scaled(dhead), no_gradient, scaled(losses_BT)
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _on_each_device(local, static, x_BTD, head, targets_BT, weights_BT):

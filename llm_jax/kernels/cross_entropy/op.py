@@ -21,8 +21,8 @@ class TokenLosses(NamedTuple):
     """Losses of tokens, float32.
 
     Attributes:
-      objective: scalar, the sum of weights * (cross_entropy + z_loss * log_z^2). It alone has a
-        gradient: to states, head and weights.
+      objective: scalar, the sum of weights * (cross_entropy + z_loss * log_z^2). The gradients of
+        the others are the reference's alone: `chunked` refuses to give them.
       cross_entropy_BT: of the targets, in nats.
       log_z_BT: the logsumexp of a token's logits.
     """
@@ -69,16 +69,14 @@ def cross_entropy(
         implementation = _choose(x_BTD, head, head_dims, chunk)
     how = {"head_dims": head_dims, "softcap": softcap, "z_loss": z_loss}
     if implementation == "reference":
-        results = reference.cross_entropy(x_BTD, head, targets_BT, weights_BT, **how)
-    elif implementation == "chunked":
-        results = chunked.cross_entropy(x_BTD, head, targets_BT, weights_BT, chunk=chunk, **how)
-    else:
-        raise ValueError(
-            f"cross-entropy implementation {implementation!r} is none of"
-            f" {', '.join(IMPLEMENTATIONS)}"
+        return TokenLosses(*reference.cross_entropy(x_BTD, head, targets_BT, weights_BT, **how))
+    if implementation == "chunked":
+        return TokenLosses(
+            *chunked.cross_entropy(x_BTD, head, targets_BT, weights_BT, chunk=chunk, **how)
         )
-    objective, *terms = results
-    return TokenLosses(objective, *map(jax.lax.stop_gradient, terms))
+    raise ValueError(
+        f"cross-entropy implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
+    )
 
 
 def _choose(x_BTD: jax.Array, head: jax.Array, head_dims: str, chunk: int) -> str:
