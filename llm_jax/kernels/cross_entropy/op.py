@@ -13,8 +13,9 @@ _LOG = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
-# Of float32 logits on a device, bytes. See `_choose`.
-_LARGEST_WHOLE = 256 << 20
+# Float32 logits of a device, bytes: a sixteenth of the smallest TPU memory in use (v5e). Below it
+# whole logits are the faster ones, by 4 to 12% of this operation on a v5e (modelled).
+_LARGEST_WHOLE = 1 << 30
 
 
 class TokenLosses(NamedTuple):
@@ -47,7 +48,7 @@ def cross_entropy(
     """Scores targets with `softmax(softcap(x @ head))` by the named implementation.
 
     `reference` holds all logits; `chunked` those of `chunk` tokens of a device. `auto` takes
-    `chunked` where float32 logits of all tokens of a device would weigh more than 256 MiB. The log
+    `chunked` where float32 logits of all tokens of a device would weigh more than 1 GiB. The log
     says what it took.
 
     Args:
