@@ -1,6 +1,5 @@
 """Every mesh and rule gives the loss, gradients and updates of one device."""
 
-import dataclasses
 import functools
 
 import jax
