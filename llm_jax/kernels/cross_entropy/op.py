@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from llm_jax.kernels.cross_entropy import chunked
+from llm_jax.kernels.cross_entropy import devices
 from llm_jax.kernels.cross_entropy import reference
 
 _LOG = logging.getLogger(__name__)
@@ -73,7 +74,9 @@ def cross_entropy(
         return TokenLosses(*reference.cross_entropy(x_BTD, head, targets_BT, weights_BT, **how))
     if implementation == "chunked":
         return TokenLosses(
-            *chunked.cross_entropy(x_BTD, head, targets_BT, weights_BT, chunk=chunk, **how)
+            *devices.cross_entropy(
+                chunked.Chunked(chunk=chunk, **how), x_BTD, head, targets_BT, weights_BT
+            )
         )
     raise ValueError(
         f"cross-entropy implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
