@@ -8,11 +8,13 @@ import jax
 
 from llm_jax.kernels.cross_entropy import chunked
 from llm_jax.kernels.cross_entropy import devices
+from llm_jax.kernels.cross_entropy import kernels
+from llm_jax.kernels.cross_entropy import pallas
 from llm_jax.kernels.cross_entropy import reference
 
 _LOG = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "reference", "chunked")
+IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas")
 
 # Float32 logits of a device, bytes: a sixteenth of the smallest TPU memory in use (v5e). Below it
 # whole logits are the faster ones, by 4 to 12% of this operation on a v5e (modelled).
@@ -45,6 +47,7 @@ def cross_entropy(
     chunk: int,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    blocks: kernels.Blocks | None = None,
 ) -> TokenLosses:
     """Scores targets with `softmax(softcap(x @ head))` by the named implementation.
 
@@ -67,20 +70,27 @@ def cross_entropy(
         it does not take.
     """
     _check(x_BTD, head, targets_BT, weights_BT, head_dims, chunk)
+    device_kind = _device_kind()
     if implementation == "auto":
         implementation = _choose(x_BTD, head, head_dims, chunk)
     how = {"head_dims": head_dims, "softcap": softcap, "z_loss": z_loss}
+    arrays = (x_BTD, head, targets_BT, weights_BT)
     if implementation == "reference":
-        return TokenLosses(*reference.cross_entropy(x_BTD, head, targets_BT, weights_BT, **how))
+        return TokenLosses(*reference.cross_entropy(*arrays, **how))
     if implementation == "chunked":
-        return TokenLosses(
-            *devices.cross_entropy(
-                chunked.Chunked(chunk=chunk, **how), x_BTD, head, targets_BT, weights_BT
-            )
-        )
+        return TokenLosses(*devices.cross_entropy(chunked.Chunked(chunk=chunk, **how), *arrays))
+    if implementation == "pallas":
+        local = pallas.Pallas(blocks=blocks, is_interpreted=device_kind == "cpu", **how)
+        return TokenLosses(*devices.cross_entropy(local, *arrays))
     raise ValueError(
         f"cross-entropy implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
     )
+
+
+def _device_kind() -> str:
+    """Returns what the mesh that is set is made of, which need not be of this host."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _choose(x_BTD: jax.Array, head: jax.Array, head_dims: str, chunk: int) -> str:
