@@ -24,7 +24,7 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
 REMATS = ("none", "full", "dots", "attention_output")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "chunked", "pallas")
-CROSS_ENTROPIES = ("auto", "reference", "chunked")
+CROSS_ENTROPIES = ("auto", "reference", "chunked", "pallas")
 PACKINGS = ("packed", "concat")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
@@ -133,7 +133,7 @@ class TrainConfig:
     eval_every: int = 100  # 0: never
     eval_steps: int = 0  # batches of one evaluation; 0: the whole split
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
-    cross_entropy: str = "auto"  # reference: all logits at once; auto: by their size
+    cross_entropy: str = "auto"  # by the size of the logits, which only reference holds whole
     cross_entropy_chunk: int = 1024  # tokens of a device whose logits exist at a time
     on_nonfinite: str = "stop"  # loss or gradient NaN or Inf: stop the run, or skip the update
 

@@ -132,16 +132,11 @@ def _gradients_kernel(
     log_z_ref,
     weights_ref,
     scales_ref,
-    dhead_in_ref,
-    dx_ref,
-    dhead_ref,
-    sum_ref,
-    buffer_ref,
-    slopes_ref,
-    *,
+    *refs,
     static: Static,
 ):
     """`sum_ref` gathers the states' gradient; the head's is added to what other tokens gave."""
+    *others_ref, dx_ref, dhead_ref, sum_ref, buffer_ref, slopes_ref = refs
 
     @pl.when(pl.program_id(0) == 0)
     def _():
@@ -160,9 +155,10 @@ def _gradients_kernel(
             slopes_VN *= 1.0 - jnp.square(jnp.clip(capped_VN, -1.0, 1.0))
         tile = pl.ds(index * static.blocks.tile, static.blocks.tile)
         slopes_ref[tile, :] = slopes_VN.astype(slopes_ref.dtype)
-        dhead_ref[tile, :] = dhead_in_ref[tile, :] + jnp.dot(
-            slopes_ref[tile, :], x_ref[...], preferred_element_type=jnp.float32
-        )
+        dhead_VD = jnp.dot(slopes_ref[tile, :], x_ref[...], preferred_element_type=jnp.float32)
+        for other_ref in others_ref:
+            dhead_VD += other_ref[tile, :]
+        dhead_ref[tile, :] = dhead_VD
     sum_ref[...] += jax.lax.dot_general(
         slopes_ref[...],
         head_ref[...],
@@ -238,27 +234,35 @@ def gradients(
     # One call for each block of tokens: a block of the head's gradient is read and written once in
     # a call, so that no step of a pipeline reads what another has yet to write.
     blocks = static.blocks
-    run = _block_gradients(static, head_VD, x_ND.dtype, interpret)
-
-    def step(dhead_VD, tokens):
-        x_ND, *rows = tokens
-        dx_ND, dhead_VD = run(x_ND, head_VD, *(row_N[None] for row_N in rows), dhead_VD)
-        return dhead_VD, dx_ND
-
     arrays = (x_ND, targets_N, log_z_N, weights_N, scales_N)
     cut = tuple(array.reshape(-1, blocks.tokens, *array.shape[1:]) for array in arrays)
-    dhead_VD, dx = jax.lax.scan(step, jnp.zeros(head_VD.shape, jnp.float32), cut)
-    return dx.reshape(x_ND.shape), dhead_VD
+
+    def run(tokens, *dhead_VD):
+        x_ND, *rows = tokens
+        call = _block_gradients(static, head_VD, x_ND.dtype, bool(dhead_VD), interpret)
+        return call(x_ND, head_VD, *(row_N[None] for row_N in rows), *dhead_VD)
+
+    def step(dhead_VD, tokens):
+        dx_ND, dhead_VD = run(tokens, dhead_VD)
+        return dhead_VD, dx_ND
+
+    # The first block has nothing to add to, which saves writing and reading zeros.
+    first_ND, dhead_VD = run(tuple(array[0] for array in cut))
+    dhead_VD, rest = jax.lax.scan(step, dhead_VD, tuple(array[1:] for array in cut))
+    return jnp.concatenate([first_ND, rest.reshape(-1, x_ND.shape[1])]), dhead_VD
 
 
-def _block_gradients(static: Static, head_VD: jax.Array, dtype, interpret: bool):
-    """Returns the kernel of a block of tokens; its last argument is overwritten by its result."""
+def _block_gradients(static: Static, head_VD: jax.Array, dtype, adds: bool, interpret: bool):
+    """Returns the kernel of a block of tokens.
+
+    One that `adds` overwrites its last argument, the head's gradient so far, by the new one.
+    """
     (V, D), blocks = head_VD.shape, static.blocks
     states = pl.BlockSpec((blocks.tokens, D), lambda j: (0, 0))
     head = pl.BlockSpec((blocks.ids, D), lambda j: (j, 0))
     row = pl.BlockSpec((1, blocks.tokens), lambda j: (0, 0))
     size = jnp.dtype(dtype).itemsize
-    moved = 2 * blocks.tokens * D * size + V * D * (size + 8)
+    moved = 2 * blocks.tokens * D * size + V * D * (size + 4 + 4 * adds)
     buffers = [
         ((blocks.tokens, D), jnp.float32),
         ((2, blocks.tile, blocks.tokens), jnp.float32),
@@ -266,14 +270,14 @@ def _block_gradients(static: Static, head_VD: jax.Array, dtype, interpret: bool)
     ]
     return pl.pallas_call(
         functools.partial(_gradients_kernel, static=static),
-        in_specs=[states, head, row, row, row, row, head],
+        in_specs=[states, head, row, row, row, row] + [head] * adds,
         out_specs=[states, head],
         out_shape=[
             jax.ShapeDtypeStruct((blocks.tokens, D), dtype),
             jax.ShapeDtypeStruct((V, D), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM(*buffer) for buffer in buffers],
-        input_output_aliases={6: 1},
+        input_output_aliases={6: 1} if adds else {},
         interpret=interpret,
         **_how("cross_entropy_gradients", (V // blocks.ids,), 3, blocks, moved, D),
     )

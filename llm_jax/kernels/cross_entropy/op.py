@@ -16,9 +16,12 @@ _LOG = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas")
 
-# Float32 logits of a device, bytes: a sixteenth of the smallest TPU memory in use (v5e). Below it
-# whole logits are the faster ones, by 4 to 12% of this operation on a v5e (modelled).
-_LARGEST_WHOLE = 1 << 30
+# Float32 logits of a device, bytes: an eighth of the smallest TPU memory in use (v5e). Below it whole
+# logits are the faster ones, and weigh little more than what else the gradient holds.
+_LARGEST_WHOLE = 2 << 30
+
+# Where the kernels are faster than chunks, by modelled time (v5e: they are not; others: not searched).
+_FASTER_BY_KERNELS = ("TPU v6 lite",)
 
 
 class TokenLosses(NamedTuple):
@@ -51,9 +54,10 @@ def cross_entropy(
 ) -> TokenLosses:
     """Scores targets with `softmax(softcap(x @ head))` by the named implementation.
 
-    `reference` holds all logits; `chunked` those of `chunk` tokens of a device. `auto` takes
-    `chunked` where float32 logits of all tokens of a device would weigh more than 1 GiB. The log
-    says what it took.
+    `reference` holds all logits, `chunked` those of `chunk` tokens of a device, `pallas`, kernels for
+    TPUs, none. `auto` takes `reference` up to 2 GiB of float32 logits a device; above, `pallas` on a
+    v6e and `chunked` elsewhere. The log says what it took. `pallas` is for the devices of the mesh
+    that is set, and is interpreted on a CPU; `blocks` overrides its sizes.
 
     Args:
       x_BTD: hidden states, in the compute dtype: products are of this dtype, sums are float32.
@@ -72,7 +76,7 @@ def cross_entropy(
     _check(x_BTD, head, targets_BT, weights_BT, head_dims, chunk)
     device_kind = _device_kind()
     if implementation == "auto":
-        implementation = _choose(x_BTD, head, head_dims, chunk)
+        implementation = _choose(x_BTD, head, head_dims, chunk, device_kind)
     how = {"head_dims": head_dims, "softcap": softcap, "z_loss": z_loss}
     arrays = (x_BTD, head, targets_BT, weights_BT)
     if implementation == "reference":
@@ -93,13 +97,14 @@ def _device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def _choose(x_BTD: jax.Array, head: jax.Array, head_dims: str, chunk: int) -> str:
+def _choose(x_BTD: jax.Array, head: jax.Array, head_dims: str, chunk: int, device_kind: str) -> str:
     tokens = jax.typeof(x_BTD).sharding.shard_shape(x_BTD.shape)
     num_tokens = tokens[0] * tokens[1]
     num_ids = jax.typeof(head).sharding.shard_shape(head.shape)[head_dims.index("V")]
     num_bytes = 4 * num_tokens * num_ids
-    is_large = num_tokens > chunk and num_bytes > _LARGEST_WHOLE
-    implementation = "chunked" if is_large else "reference"
+    implementation = "reference"
+    if num_tokens > chunk and num_bytes > _LARGEST_WHOLE:
+        implementation = "pallas" if device_kind in _FASTER_BY_KERNELS else "chunked"
     _say(implementation, num_tokens, num_ids, num_bytes >> 20)
     return implementation
 
