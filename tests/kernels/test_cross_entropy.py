@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from llm_jax import config as config_lib
+from llm_jax.kernels.cross_entropy import kernels
 from llm_jax.kernels.cross_entropy import op
 from tests import helpers
 from tests.kernels import cross_entropy_oracle as oracle
 
 B, T, D, V = 4, 6, 8, 20
-IMPLEMENTATIONS = ["reference", "chunked"]
+IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
 CHUNK = 5  # does not divide the 24 tokens
+BLOCKS = kernels.Blocks(tokens=16, ids=8, tile=4)  # nor do these, nor the 20 ids
 
 # What a case changes.
 CASES = {
@@ -68,6 +70,7 @@ def _run(case, implementation, arrays=None, head_dims="VD", chunk=CHUNK, factor=
             chunk=chunk,
             softcap=case.softcap,
             z_loss=case.z_loss,
+            blocks=BLOCKS,
         )
 
     def objective(x, head, targets, weights):
@@ -148,7 +151,8 @@ def test_bfloat16_products_give_float32_losses(implementation):
     _assert_close(result, oracle.cross_entropy(rounded), 2e-2)
 
 
-def test_a_target_near_certainty_keeps_its_small_gradient():
+@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
+def test_a_target_near_certainty_keeps_its_small_gradient(implementation):
     """Of a probability of 0.999 what is left is 0.001: it must not drown in rounding to bfloat16."""
     case = _case()
     # Steps of 1/8 that bfloat16 holds: all that is rounded is what the implementation rounds.
@@ -161,7 +165,7 @@ def test_a_target_near_certainty_keeps_its_small_gradient():
     case = case._replace(x_BTD=x, head_VD=head, weights_BT=weights)
     wanted = oracle.cross_entropy(case)
     assert 0.9 < math.exp(-wanted.cross_entropy_BT[place]) < 0.9999
-    result = _run(case, "chunked", dtype="bfloat16")
+    result = _run(case, implementation, dtype="bfloat16")
     helpers.assert_close(np.float64(result.dx_BTD), wanted.dx_BTD, 4e-2)
     helpers.assert_close(np.float64(result.dhead_VD), wanted.dhead_VD, 4e-2)
 
@@ -192,6 +196,8 @@ def _place(arrays, head_dims, mesh, rules):
 _PLACED = [("chunked", name, "VD") for name in MESHES] + [
     ("chunked", "fsdp_tp", "DV"),
     ("chunked", "fsdp", "DV"),
+    ("pallas", "fsdp_tp", "VD"),
+    ("pallas", "fsdp_tp_seq", "DV"),
     ("reference", "fsdp_tp_seq", "VD"),
 ]
 
@@ -217,7 +223,8 @@ def _gradient_program(mesh_name, chunk=2, shape=(B, T, D, V), implementation="ch
 
     def objective(x, head, targets, weights):
         how = {"head_dims": "VD", "implementation": implementation, "chunk": chunk}
-        return op.cross_entropy(x, head, targets, weights, z_loss=0.1, **how).objective
+        how |= {"z_loss": 0.1, "blocks": BLOCKS}
+        return op.cross_entropy(x, head, targets, weights, **how).objective
 
     with jax.set_mesh(mesh):
         arrays = _place(_arrays(case), "VD", mesh, rules)
@@ -293,11 +300,13 @@ def test_logits_never_exist_whole(mesh):
     assert largest("reference") >= tokens * ids
     # Of the arrays that have a dimension of ids, the head [V, D] is larger than a chunk's logits.
     assert largest("chunked") == ids * 8 < tokens * ids
+    assert largest("pallas") == ids * 8
 
 
-def test_evaluation_gives_the_same_losses():
+@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
+def test_evaluation_gives_the_same_losses(implementation):
     case = _case(**CASES["everything"])
-    how = {"head_dims": "VD", "implementation": "chunked", "chunk": CHUNK}
+    how = {"head_dims": "VD", "implementation": implementation, "chunk": CHUNK, "blocks": BLOCKS}
     losses = op.cross_entropy(*_arrays(case), softcap=case.softcap, z_loss=case.z_loss, **how)
     _assert_close(losses, oracle.cross_entropy(case)[:3])
 
@@ -331,7 +340,7 @@ def test_a_gradient_of_a_tokens_loss_is_refused_by_chunks():
         )
 
     assert np.abs(jax.grad(loss("reference"))(x)).max() > 0
-    with pytest.raises(ValueError, match="objective alone.*use 'reference'"):
+    with pytest.raises(ValueError, match="only the 'reference' has it"):
         jax.jit(jax.grad(loss("chunked")))(x)
 
 
@@ -341,7 +350,7 @@ def test_a_gradient_of_a_tokens_loss_is_refused_by_chunks():
         ({"head_dims": "VT"}, "use 'VD' or 'DV'"),
         ({"head_dims": "DV"}, r"\(4, 6, 8\) do not fit a head \[D,V\] = \(20, 8\)"),
         ({"chunk": 0}, "chunk = 0"),
-        ({"implementation": "fused"}, "'fused' is none of auto, reference, chunked"),
+        ({"implementation": "fused"}, "'fused' is none of auto, reference, chunked, pallas"),
         ({"targets_BT": jnp.zeros((4, 5), jnp.int32)}, r"targets \[B,T\] = \(4, 5\)"),
         ({"weights_BT": jnp.zeros((24,))}, r"weights \[B,T\] = \(24,\)"),
         ({"x_BTD": jnp.zeros((24, 8))}, r"\(24, 8\) do not fit a head"),
@@ -370,17 +379,21 @@ def test_a_sharding_that_chunks_cannot_follow_is_refused():
 
 
 @pytest.mark.parametrize(
-    "tokens, ids, mesh, wanted",
+    "tokens, ids, mesh, device_kind, wanted",
     [
-        (8192, 50_304, "one", "chunked"),
-        (8192, 256, "one", "reference"),
-        (1024, 524_288, "one", "reference"),  # no more tokens than a chunk
-        (8192, 32_768, "one", "reference"),  # 1 GiB
-        (8192, 65_536, "one", "chunked"),
-        (8192, 65_536, "fsdp_tp", "reference"),  # an eighth of it on each device
+        (8192, 131_072, "one", "cpu", "chunked"),
+        (8192, 131_072, "one", "TPU v5 lite", "chunked"),
+        (8192, 131_072, "one", "TPU v6 lite", "pallas"),
+        (8192, 256, "one", "TPU v6 lite", "reference"),
+        (8192, 65_536, "one", "cpu", "reference"),  # 2 GiB
+        (1024, 1 << 20, "one", "cpu", "reference"),  # no more tokens than a chunk
+        (8192, 131_072, "fsdp_tp", "cpu", "reference"),  # an eighth of it on each device
     ],
 )
-def test_auto_takes_chunks_where_logits_are_large(tokens, ids, mesh, wanted, caplog):
+def test_auto_goes_by_the_size_of_logits(
+    tokens, ids, mesh, device_kind, wanted, caplog, monkeypatch
+):
+    monkeypatch.setattr(op, "_device_kind", lambda: device_kind)
     op._say.cache_clear()
     device_mesh, rules = helpers.make_mesh(*MESHES[mesh])
 
@@ -402,3 +415,25 @@ def test_auto_takes_chunks_where_logits_are_large(tokens, ids, mesh, wanted, cap
 
 def test_the_config_names_what_the_operation_takes():
     assert config_lib.CROSS_ENTROPIES == op.IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [768, 2048, 4096, 8192])
+@pytest.mark.parametrize("ids", [50_304, 128_256, 32_000, 250])
+@pytest.mark.parametrize("tokens", [8192, 1100, 40])
+def test_blocks_fit_in_vmem_and_waste_little(tokens, ids, width, dtype):
+    blocks = kernels.fit(tokens, ids, width, dtype)
+    size = jnp.dtype(dtype).itemsize
+    pipelined = 2 * blocks.tokens * width * size * 2 + 2 * blocks.ids * width * (size + 8)
+    scratch = blocks.tokens * (4 * width + size * blocks.ids + 8 * blocks.tile)
+    assert pipelined + scratch <= kernels.VMEM_LIMIT
+    assert blocks.tokens % 128 == blocks.ids % 128 == blocks.tile % 128 == 0
+    assert -tokens % blocks.tokens < 128 * -(-tokens // blocks.tokens)
+    assert -ids % blocks.ids < max(128, 0.02 * ids)
+
+
+def test_states_too_wide_for_vmem_are_refused():
+    with pytest.raises(ValueError, match="width 65536; use 'chunked'"):
+        kernels.fit(8192, 50_304, 65_536, jnp.bfloat16)
+    with pytest.raises(ValueError, match="tile = 256 does not divide ids = 384"):
+        kernels.Blocks(ids=384, tile=256)

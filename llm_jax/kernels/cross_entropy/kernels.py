@@ -45,7 +45,9 @@ def fit(num_tokens: int, num_ids: int, width: int, dtype) -> Blocks:
     Raises:
       ValueError: states too wide for VMEM.
     """
-    tokens = min(1024, -(-num_tokens // 128) * 128)
+    # Equal blocks of 1,024 tokens at most, of which less than 128 tokens each are padding.
+    num_blocks = -(-num_tokens // 1024)
+    tokens = -(-num_tokens // (128 * num_blocks)) * 128
     largest = min(1024, -(-num_ids // 128) * 128)
     while tokens >= 128:
         sizes = [ids for ids in range(128, largest + 1, 128)]
