@@ -24,6 +24,7 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
 REMATS = ("none", "full", "dots", "attention_output")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "chunked", "jax_nn", "pallas")
+CROSS_ENTROPIES = ("auto", "reference", "chunked", "pallas")
 PACKINGS = ("packed", "concat")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
@@ -132,6 +133,8 @@ class TrainConfig:
     eval_every: int = 100  # 0: never
     eval_steps: int = 0  # batches of one evaluation; 0: the whole split
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
+    cross_entropy: str = "auto"  # by the size of the logits, which only reference holds whole
+    cross_entropy_chunk: int = 1024  # tokens of a device whose logits exist at a time
     on_nonfinite: str = "stop"  # loss or gradient NaN or Inf: stop the run, or skip the update
 
 
@@ -395,9 +398,10 @@ def _check_optim(config: RunConfig) -> None:
         _require(getattr(o, name) < 1.0, f"optim.{name}", getattr(o, name), "use [0, 1)")
     if o.clip_norm is not None:
         _require(o.clip_norm > 0, "optim.clip_norm", o.clip_norm, "above 0, or None for none")
-    _require_at_least("train", t, 1, "num_steps", "log_every")
+    _require_at_least("train", t, 1, "num_steps", "log_every", "cross_entropy_chunk")
     _require_at_least("train", t, 0, "eval_every", "eval_steps", "z_loss", "seed")
     _require_choice("train", t, "on_nonfinite", NONFINITE)
+    _require_choice("train", t, "cross_entropy", CROSS_ENTROPIES)
     _require_at_least("checkpoint", config.checkpoint, 0, "every")
     _require_at_least("checkpoint", config.checkpoint, 1, "max_to_keep")
     _require(

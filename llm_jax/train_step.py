@@ -14,6 +14,7 @@ from llm_jax import losses
 from llm_jax import optim
 from llm_jax import sharding
 from llm_jax.data import batch as batch_lib
+from llm_jax.kernels.cross_entropy import op as cross_entropy
 from llm_jax.models import build
 from llm_jax.models import decoder
 
@@ -51,6 +52,34 @@ def init_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> Train
     return TrainState(zero, zero, model, optimizer.init(model))
 
 
+def token_losses(
+    config: config_lib.RunConfig,
+    model: decoder.Decoder,
+    batch: batch_lib.Batch,
+    key: jax.Array | None = None,
+) -> cross_entropy.TokenLosses:
+    """Returns the losses of a batch's tokens, and their sum; `key` turns dropout on."""
+    # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
+    segments_BT = batch.segments if config.data.packing == "packed" else None
+    x_BTD = model.hidden(batch.tokens, batch.positions, segments_BT, key)
+    head_dims, head = model.head()
+    return cross_entropy.cross_entropy(
+        x_BTD,
+        head[...],
+        batch.targets,
+        batch.weights,
+        head_dims=head_dims,
+        implementation=config.train.cross_entropy,
+        chunk=config.train.cross_entropy_chunk,
+        softcap=config.model.logit_softcap,
+        z_loss=config.train.z_loss,
+    )
+
+
+def _sums(tokens: cross_entropy.TokenLosses, batch: batch_lib.Batch) -> losses.LossSums:
+    return losses.weighted_sums(tokens.cross_entropy_BT, tokens.log_z_BT, batch.weights)
+
+
 def loss_sums(
     config: config_lib.RunConfig,
     model: decoder.Decoder,
@@ -58,10 +87,7 @@ def loss_sums(
     key: jax.Array | None = None,
 ) -> losses.LossSums:
     """Returns the summed losses of a batch; `key` turns dropout on."""
-    # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
-    segments_BT = batch.segments if config.data.packing == "packed" else None
-    logits_BTV = model(batch.tokens, batch.positions, segments_BT, key)
-    return losses.next_token_sums(logits_BTV, batch.targets, batch.weights)
+    return _sums(token_losses(config, model, batch, key), batch)
 
 
 def gradients(
@@ -77,8 +103,8 @@ def gradients(
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def loss(model, batch, key):
-        sums = loss_sums(config, model, batch, key if config.model.dropout else None)
-        return (sums.cross_entropy + config.train.z_loss * sums.z_squared) / weight, sums
+        tokens = token_losses(config, model, batch, key if config.model.dropout else None)
+        return tokens.objective / weight, _sums(tokens, batch)
 
     gradient = jax.grad(loss, has_aux=True)
     if num_micro == 1:

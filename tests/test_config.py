@@ -178,6 +178,7 @@ def test_value_that_will_not_do(path, value, parts):
         ("optim.name", config_lib.OPTIMIZERS),
         ("optim.schedule", config_lib.SCHEDULES),
         ("train.on_nonfinite", config_lib.NONFINITE),
+        ("train.cross_entropy", config_lib.CROSS_ENTROPIES),
         ("mesh.rules", config_lib.RULES),
     ],
 )

@@ -43,7 +43,17 @@ class Decoder(nnx.Module):
         segments_BT: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns logits, float32 [B, T, V], for whole sequences.
+        """Returns logits, float32 [B, T, V], for whole sequences; arguments as `hidden`."""
+        return self._project(self.hidden(tokens_BT, positions_BT, segments_BT, key))
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns what the output head reads, [B, T, D] in the compute dtype, for whole sequences.
 
         Args:
           tokens_BT: int32 ids.
@@ -59,7 +69,7 @@ class Decoder(nnx.Module):
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = self.embed(tokens_BT, positions_BT)
         x_BTD = layers.dropout(x_BTD, self.config.dropout, embed_key)
-        return self.logits(self.stack(x_BTD, context, stack_key))
+        return self._normalise(self.stack(x_BTD, context, stack_key))
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Returns what enters the stack, [B, T, D] in the compute dtype."""
@@ -72,10 +82,18 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the next-token logits, float32 [B, T, V], of the last block's output."""
-        if self.final_norm is not None:
-            x_BTD = self.final_norm(x_BTD)
-        equation, head = "BTD,DV->BTV", self.head_DV
-        if head is None:
-            equation, head = "BTD,VD->BTV", self.embedding.table_VD
-        logits_BTV = layers.project(equation, x_BTD, head, None, self.rules.act("BTV"))
+        return self._project(self._normalise(x_BTD))
+
+    def head(self) -> tuple[str, nnx.Param]:
+        """Returns the output head and its dimensions: `DV`, or `VD` of a tied embedding."""
+        return ("VD", self.embedding.table_VD) if self.head_DV is None else ("DV", self.head_DV)
+
+    def _normalise(self, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+
+    def _project(self, x_BTD: jax.Array) -> jax.Array:
+        dims_of_head, head = self.head()
+        logits_BTV = layers.project(
+            f"BTD,{dims_of_head}->BTV", x_BTD, head, None, self.rules.act("BTV")
+        )
         return layers.softcap(logits_BTV.astype(jnp.float32), self.config.logit_softcap)

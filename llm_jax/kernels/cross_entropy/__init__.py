@@ -1,0 +1,1 @@
+"""Cross-entropy of hidden states against an output head: one signature, several implementations."""
