@@ -81,6 +81,18 @@ CASES = {
 }
 
 
+SPANNED = (
+    "causal",
+    "full",
+    "window",
+    "two_sided_window",
+    "lengths",
+    "packed",
+    "not",
+    "everything",
+    "wide_values",
+    "offset_packed",
+)
 NOT_IN_KERNELS = ("t5", "one_way_t5", "array", "shared_array")
 
 
@@ -396,6 +408,18 @@ def test_gradients_that_do_not_fit_at_once_are_made_in_two_runs(name):
 
     assert num_kernels(small) == 2 * num_kernels(BLOCKS) > 0
     helpers.assert_close(program(small)(parameters), program(BLOCKS)(parameters), 2e-5)
+
+
+@pytest.mark.parametrize("changes", [{"span": 4}, {"span": 8}, {"kv": 12, "span": 12}])
+@pytest.mark.parametrize("name", SPANNED)
+def test_keys_may_come_in_spans(name, changes):
+    """With sizes that let VMEM hold some of the keys at a time, in one visit or several."""
+    case, extra = named(name)
+    sizes = dataclasses.replace(BLOCKS, forward=dataclasses.replace(BLOCKS.forward, **changes))
+    run = jax.jit(attend(case, extra, "pallas", blocks=sizes))
+    y = run(parameters_of(case))
+    helpers.assert_close(y, attention_oracle.attention(case))
+    np.testing.assert_array_equal(y, run(parameters_of(case)))
 
 
 def test_keys_that_do_not_fit_are_named():

@@ -1,5 +1,7 @@
 """The kernels' tables: every pair that may attend is visited once, and open visits hide nothing."""
 
+import dataclasses
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -27,42 +29,80 @@ def _wanted(case):
     return attention_oracle.allowed(mask, mask_trees.B, num_queries, num_keys, offset)
 
 
+SIZES = [
+    FORWARD,
+    # A span at a time: of two visits, and of one.
+    dataclasses.replace(FORWARD, span=8),
+    dataclasses.replace(FORWARD, kv=6, span=6),
+]
+
+
 @pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
 @hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(mask_trees.cases())
-def test_forward_visits_cover_the_mask_once(is_traced, case):
+def test_forward_visits_cover_the_mask_once(sizes, is_traced, case):
     mask, num_queries, num_keys, offset, _, _ = case
     mask = _placed(mask, is_traced)
-    visits = forward_visits.make_visits(mask, num_queries, num_keys, FORWARD, offset)
-    start, stop, kv = (np.asarray(x) for x in (visits.start, visits.stop, visits.kv))
-    num_blocks = -(-num_queries // FORWARD.q)
+    visits = forward_visits.make_visits(mask, num_queries, num_keys, sizes, offset)
     wanted = _wanted(case)
-    for b, i in np.ndindex(mask_trees.B, num_blocks):
-        row = (b * num_blocks if visits.is_per_row else 0) + i
-        count = np.zeros((FORWARD.q, num_keys + FORWARD.kv), int)
-        is_open = np.zeros_like(count, bool)
-        ends, previous = [], None
+    for b in range(mask_trees.B):
+        found = _walked(visits, sizes, b, num_keys)
+        assert sorted(found) == list(range(-(-num_queries // sizes.q)))
+        for i, (ends, parts) in found.items():
+            count = np.zeros((sizes.q, num_keys + visits.span), int)
+            is_open = np.zeros_like(count, bool)
+            allowed = np.ones_like(is_open)
+            for at, part in parts:
+                count[at] += 1
+                if part == forward_visits.OPEN:
+                    is_open[at] = True
+                elif visits.part_masks:
+                    t, s = (np.arange(x.start, x.stop) for x in at)
+                    t = t[:, None] + i * sizes.q + offset
+                    allowed[at] = visits.part_masks[part - forward_visits.PART].allowed(t, s)
+            assert [first for first, _ in ends] == [True] + [False] * (len(ends) - 1)
+            assert [last for _, last in ends] == [False] * (len(ends) - 1) + [True]
+            here = wanted[b, i * sizes.q : (i + 1) * sizes.q]
+            inside = np.s_[: len(here), :num_keys]
+            assert count.max() <= 1
+            assert (count[inside] >= here).all()
+            assert (here | ~is_open[inside]).all()
+            assert not is_open[:, num_keys:].any()
+            if visits.part_masks:  # a mask for a part says what the whole one says
+                np.testing.assert_array_equal((allowed & (count > 0))[inside], here)
+
+
+def _walked(visits, sizes, b, num_keys):
+    """Returns, by block of queries, the ends of its visits and the parts: where, and which."""
+    tables = {
+        name: np.asarray(getattr(visits, name))
+        for name in ("start", "stop", "kv", "q_block", "first", "flags")
+    }
+    found, num_kinds, chunk, tile = {}, len(visits.kinds), sizes.chunk, sizes.tile
+    for step, i in enumerate(tables["q_block"].tolist()):
+        row = (b * len(tables["q_block"]) if visits.is_per_row else 0) + step
+        continues = bool(tables["flags"][step] & forward_visits.CONTINUES)
+        assert continues == (i in found)
+        ends, parts = found.setdefault(i, ([], []))
+        origin, previous = tables["first"][step] * chunk, None
+        if visits.num_past is not None:
+            assert origin + visits.span <= num_keys + visits.num_past
         for n, kind in enumerate(visits.kinds):
-            begin, end = (table[row * len(visits.kinds) + n] for table in (start, stop))
+            begin, end = (tables[name][row * num_kinds + n] for name in ("start", "stop"))
             ends += [(kind.is_first, kind.is_last)] * (end - begin)
             # The kernel looks up the next visit before this one is over.
             assert previous in (None, begin) or begin == end
             previous = end if end > begin else previous
-            for j in kv[begin:end]:
-                for r, of_tile in enumerate(kind.pattern):
-                    for c, part in enumerate(of_tile):
-                        at_q = slice(r * FORWARD.tile, (r + 1) * FORWARD.tile)
-                        at_k = j * FORWARD.kv + c * FORWARD.chunk
-                        at = at_q, slice(at_k, at_k + FORWARD.chunk)
-                        count[at] += part != forward_visits.SKIP
-                        is_open[at] |= part == forward_visits.OPEN
-        assert [first for first, _ in ends] == [True] + [False] * (len(ends) - 1)
-        assert [last for _, last in ends] == [False] * (len(ends) - 1) + [True]
-        here = wanted[b, i * FORWARD.q : (i + 1) * FORWARD.q]
-        assert count.max() <= 1
-        assert (count[: len(here), :num_keys] >= here).all()
-        assert (here | ~is_open[: len(here), :num_keys]).all()
-        assert not is_open[:, num_keys:].any()
+            for base in tables["kv"][begin:end] * chunk:
+                assert origin <= base and base + sizes.kv <= origin + visits.span
+                parts += [
+                    (np.s_[r * tile : (r + 1) * tile, base + c * chunk : base + (c + 1) * chunk], part)
+                    for r, of_tile in enumerate(kind.pattern)
+                    for c, part in enumerate(of_tile)
+                    if part != forward_visits.SKIP
+                ]
+    return found
 
 
 @pytest.mark.parametrize("is_q_outer", [False, True])
@@ -123,11 +163,12 @@ def test_work_is_in_proportion_to_what_is_open():
     chosen = blocks.for_device("TPU v5 lite", 128)
 
     def pairs(mask, length):
-        forward = forward_visits.make_visits(mask, length, length, chosen.forward)
+        sizes = forward_visits.fitted(chosen.forward, mask, length, length)
+        forward = forward_visits.make_visits(mask, length, length, sizes)
         parts = sum(
             (stop - start) * np.sum(np.asarray(kind.pattern) != forward_visits.SKIP)
             for start, stop, kind in zip(
-                forward.start, forward.stop, forward.kinds * (length // chosen.forward.q)
+                forward.start, forward.stop, forward.kinds * (length // sizes.q)
             )
         )
         columns = backward_visits.make_visits(mask, length, length, chosen.backward).columns

@@ -33,12 +33,9 @@ _MIB = 2**20
 VMEM_LIMIT = 100 * _MIB
 
 
-def _operand_spec(operand: scores_lib.Operand, q_block: int, keys: int) -> pl.BlockSpec:
-    if operand.dims == "BT":
-        return pl.BlockSpec((1, 1, q_block), lambda b, h, i, *_: (b, 0, i))
-    if operand.dims == "BS":
-        return pl.BlockSpec((1, 1, keys), lambda b, h, i, *_: (b, 0, 0))
-    return pl.BlockSpec(memory_space=pltpu.SMEM)
+# The tables of the visits, in the order in which the kernel takes them.
+_TABLES = ("start", "stop", "kv", "q_block", "first", "flags")
+_Q_BLOCK, _FIRST = _TABLES.index("q_block"), _TABLES.index("first")
 
 
 def _as_argument(operand: scores_lib.Operand) -> jax.Array:
@@ -47,21 +44,45 @@ def _as_argument(operand: scores_lib.Operand) -> jax.Array:
     return array[:, None, :] if operand.dims in ("BT", "BS") else array.reshape(-1)
 
 
-def _specs(blocks, C: int, Cv: int, keys: int, group: int, given) -> dict[str, pl.BlockSpec]:
-    """Returns the block specs of the inputs; keys and values stay while the queries change."""
+def _specs(visits, blocks, C: int, Cv: int, group: int, given) -> dict[str, pl.BlockSpec]:
+    """Returns the block specs of the inputs; their index maps read the tables."""
 
-    def of_query(b, h, i, *_):
-        return (b, h, i, 0)
+    def of_query(b, h, x, *tables):
+        return (b, h, tables[_Q_BLOCK][x], 0)
 
-    def of_key(b, h, i, *_):
-        return (b, lax.div(h, group), 0, 0)
+    def origin(x, tables):
+        return 0 if visits.num_past is None else tables[_FIRST][x] * blocks.chunk
+
+    def of_key(b, h, x, *tables):
+        return (b, lax.div(h, group), origin(x, tables), 0)
+
+    def keys(width):
+        """Keys and values that stay while the queries change, or go along with them."""
+        if visits.num_past is None:
+            return pl.BlockSpec((None, None, visits.span, width), of_key)
+        rows = pl.Element(visits.span, (0, visits.num_past))
+        return pl.BlockSpec((None, None, rows, pl.Element(width)), of_key)
+
+    def of_operand(operand):
+        if operand.dims == "BT":
+            return pl.BlockSpec(
+                (1, 1, blocks.q), lambda b, h, x, *tables: (b, 0, tables[_Q_BLOCK][x])
+            )
+        if operand.dims != "BS":
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        shape = (1, 1, visits.span)
+        if visits.num_past is not None:
+            shape = tuple(
+                pl.Element(*size) for size in ((1,), (1,), (visits.span, (0, visits.num_past)))
+            )
+        return pl.BlockSpec(shape, lambda b, h, x, *tables: (b, 0, origin(x, tables)))
 
     specs = {
         "q": pl.BlockSpec((1, 1, blocks.q, C), of_query),
-        "k": pl.BlockSpec((1, 1, keys, C), of_key),
-        "v": pl.BlockSpec((1, 1, keys, Cv), of_key),
+        "k": keys(C),
+        "v": keys(Cv),
     }
-    return specs | {operand.name: _operand_spec(operand, blocks.q, keys) for operand in given}
+    return specs | {operand.name: of_operand(operand) for operand in given}
 
 
 def _scratch(blocks, C: int, Cv: int, keys: int, dtype) -> dict[str, tuple]:
@@ -102,18 +123,20 @@ def attention(
     """
     B, H, T, C = q_BHTC.shape
     K, S, Cv = v_BKSC.shape[1:]
-    group, keys = H // K, -(-S // blocks.kv) * blocks.kv
+    group = H // K
     given = scores_lib.operands(parts, H)
-    specs = _specs(blocks, C, Cv, keys, group, given)
+    specs = _specs(visits, blocks, C, Cv, group, given)
     arguments = [q_BHTC, k_BKSC, v_BKSC, *(_as_argument(operand) for operand in given)]
     if sinks_H is not None:
         specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
         arguments.append(sinks_H.astype(jnp.float32))
     outs = {
-        "o": pl.BlockSpec((1, 1, blocks.q, Cv), lambda b, h, i, *_: (b, h, i, 0)),
-        "lse": pl.BlockSpec((1, 1, 1, blocks.q), lambda b, h, i, *_: (b, h, 0, i)),
+        "o": pl.BlockSpec((1, 1, blocks.q, Cv), specs["q"].index_map),
+        "lse": pl.BlockSpec(
+            (1, 1, 1, blocks.q), lambda b, h, x, *tables: (b, h, 0, tables[_Q_BLOCK][x])
+        ),
     }
-    scratch = _scratch(blocks, C, Cv, keys, q_BHTC.dtype)
+    scratch = _scratch(blocks, C, Cv, visits.span, q_BHTC.dtype)
     # The operands' arrays are arguments of the call; the kernel's body must not close over them.
     bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
@@ -121,10 +144,12 @@ def attention(
     num_pairs = B * H * (T * S if visits.is_per_row else visits.kv.size * blocks.q * blocks.kv)
     moved = sum(x.size * x.dtype.itemsize for x in arguments) + B * H * T * Cv * 2
     o_BHTC, lse_BH1T = pl.pallas_call(
-        functools.partial(forward_kernel.kernel, static=static, names=(*specs, *outs, *scratch)),
+        functools.partial(
+            forward_kernel.kernel, static=static, names=(*_TABLES, *specs, *outs, *scratch)
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(B, H, -(-T // blocks.q)),
+            num_scalar_prefetch=len(_TABLES),
+            grid=(B, H, visits.q_block.size),
             in_specs=list(specs.values()),
             out_specs=list(outs.values()),
             scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
@@ -135,14 +160,14 @@ def attention(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(C, Cv, keys, blocks, q_BHTC.dtype),
+            vmem_limit_bytes=vmem_bytes(C, Cv, visits.span, blocks, q_BHTC.dtype),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_pairs * (C + Cv), transcendentals=num_pairs, bytes_accessed=moved
         ),
         interpret=interpret,
         name="flash_attention_forward",
-    )(visits.start, visits.stop, visits.kv, *arguments)
+    )(*(getattr(visits, name) for name in _TABLES), *arguments)
     return o_BHTC, lse_BH1T[:, :, 0]
 
 

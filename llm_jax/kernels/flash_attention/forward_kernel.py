@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 from jax import lax
 from jax.experimental import pallas as pl
@@ -27,6 +28,18 @@ class Static:
     num_keys: int
     group: int
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether VMEM may hold keys past the end."""
+        past = self.visits.num_past
+        return self.visits.span > self.num_keys if past is None else past > 0
+
+    @property
+    def is_seen_once(self) -> bool:
+        """Whether each span is seen by one visit, so that nothing is gained by preparing it."""
+        is_single = all(kind.is_first and kind.is_last for kind in self.visits.kinds)
+        return is_single and self.visits.num_past is not None
+
 
 class _Tile:
     """The running values of one tile of queries during a visit."""
@@ -41,10 +54,11 @@ class _Visit:
 
     def __init__(self, static: Static, kind: forward_visits.Kind, refs, n, place):
         self.static, self.blocks, self.refs, self.n = static, static.blocks, refs, n
-        self.b, self.h, self.i = place
+        self.b, self.h, self.i, self.origin = place
         self.pattern, self.is_first, self.is_last = kind
+        # Of the visit's keys, in the array; `origin` is the first one in VMEM.
         self.base = self._base(n)
-        self.tiles = [_Tile() for _ in self.pattern]
+        self.tiles, self.transposed = [_Tile() for _ in self.pattern], set()
         # Last tile first: it has most work at a causal edge, so the scores that the visit before
         # has issued for it are needed.
         self.order = list(range(len(self.pattern)))[::-1]
@@ -55,14 +69,27 @@ class _Visit:
         }
 
     def _base(self, n):
-        return pl.multiple_of(self.refs["kv"][n] * self.blocks.kv, self.blocks.kv)
+        return self.refs["kv"][n] * self.blocks.chunk
+
+    def _next_base(self):
+        """Where the next visit begins. If that is in another span its scores come to nothing here."""
+        base = self._base(self.n + 1)
+        if self.static.visits.num_past is None:
+            return base
+        last = self.static.visits.span - self.blocks.kv
+        return self.origin + jnp.clip(base - self.origin, 0, last)
+
+    def begin(self):
+        """Issues the scores that a visit before this one would have issued."""
+        for c in range(self.blocks.kv // self.blocks.chunk):
+            self.buffer(0, c)[...] = self.product(self.order[0], c, self.base)
 
     def queries(self, r: int) -> slice:
         return slice(r * self.blocks.tile, (r + 1) * self.blocks.tile)
 
     def keys(self, c: int, base):
         chunk = self.blocks.chunk
-        return pl.ds(pl.multiple_of(base + c * chunk, chunk), chunk)
+        return pl.ds(pl.multiple_of(base - self.origin + c * chunk, chunk), chunk)
 
     def buffer(self, slot: int, c: int):
         rows = slice(c * self.blocks.chunk, (c + 1) * self.blocks.chunk)
@@ -82,12 +109,22 @@ class _Visit:
 
     def product(self, r: int, c: int, base):
         return scores_lib.dot(
-            self.refs["k"][0, 0, self.keys(c, base), :], self.query(r), ((1,), (1,))
+            self.refs["k"][self.keys(c, base), :], self.query(r), ((1,), (1,))
         )
+
+    def transpose(self, c: int):
+        """Where keys are seen by one visit alone, v^T is made by it, along with all else."""
+        if not self.static.is_seen_once or c in self.transposed:
+            return
+        self.transposed.add(c)
+        at = self.keys(c, self.base)
+        left = self.static.num_keys - self.base - c * self.blocks.chunk
+        self.refs["v_t"][:, at] = _inside(self.static, self.refs["v"][at, :], left).T
 
     def scores(self, r: int, c: int):
         """Stage 1: the scores of a chunk into their buffer, and their maximum."""
-        tile, is_masked = self.tiles[r], self.pattern[r][c] == forward_visits.PART
+        self.transpose(c)
+        tile, is_masked = self.tiles[r], self.pattern[r][c] >= forward_visits.PART
         buffer, new = self.buffer(self.slot[r], c), None
         if r == self.order[0] and not self.is_first:
             x_SR = buffer[...]  # issued by the visit before, as they come
@@ -106,6 +143,11 @@ class _Visit:
         k_index = self.base + c * self.blocks.chunk + lax.broadcasted_iota(jnp.int32, shape, 0)
         q_start = self.i * self.blocks.q + r * self.blocks.tile
         return q_start + lax.broadcasted_iota(jnp.int32, shape, 1), k_index
+
+    def rows(self, r: int):
+        """Returns the places of a tile's queries, int32 [1, queries]."""
+        q_start = self.i * self.blocks.q + r * self.blocks.tile
+        return q_start + lax.broadcasted_iota(jnp.int32, (1, self.blocks.tile), 1)
 
     def parts(self, r: int, c: int) -> scores_lib.Parts:
         """Returns mask, bias and dropout around the pieces of this chunk."""
@@ -129,8 +171,10 @@ class _Visit:
             x_SR = parts.changed(x_SR, t, s)[0] * scores_lib.LOG2E
         if not is_masked:
             return x_SR
-        is_allowed = parts.mask.allowed(t, s)
-        if self.static.num_keys % self.blocks.kv:  # keys past the end hold anything, NaN too
+        masks, row = self.static.visits.part_masks, parts.slots(self.rows(r))
+        mask = masks[self.pattern[r][c] - forward_visits.PART] if masks else parts.mask
+        is_allowed = mask.allowed(row, s)
+        if self.static.has_rest:  # keys past the end hold anything, NaN too
             is_allowed &= s < self.static.num_keys
         return jnp.where(is_allowed, x_SR, _MASKED)
 
@@ -216,7 +260,7 @@ class _Visit:
         feed = list(units)
         if not self.is_last:
             feed += [(0, c, None) for c in range(self.blocks.kv // self.blocks.chunk)]
-            next_base = self._base(self.n + 1)
+            next_base = self._next_base()
 
         def is_free(x: int, done: int) -> bool:
             """Whether no unread unit holds the buffer that unit `x` fills."""
@@ -249,37 +293,56 @@ class _Visit:
             issue(x)
 
 
-def _transpose_values(v_ref, vt_ref, block: int, num_keys: int) -> None:
-    """Makes v^T of a key head, zero past the end: a zero probability times NaN is NaN."""
+def _inside(static: Static, v_SC, num_rows):
+    """Zeros past the end, where anything lies: a zero probability times NaN is NaN."""
+    if not static.has_rest:
+        return v_SC
+    is_inside = lax.broadcasted_iota(jnp.int32, v_SC.shape, 0) < num_rows
+    return jnp.where(is_inside, v_SC, jnp.zeros_like(v_SC))
 
-    def move(base, num_rows):
-        v_SC = v_ref[0, 0, pl.ds(base, block), :]
-        if num_rows < block:
-            is_inside = lax.broadcasted_iota(jnp.int32, v_SC.shape, 0) < num_rows
-            v_SC = jnp.where(is_inside, v_SC, jnp.zeros_like(v_SC))
+
+def _transpose_values(static: Static, v_ref, vt_ref, num_keys) -> None:
+    """Makes v^T of the keys in VMEM."""
+    block = math.gcd(static.visits.span, static.blocks.kv)
+
+    def move(j, _):
+        base = pl.multiple_of(j * block, block)
+        v_SC = _inside(static, v_ref[pl.ds(base, block), :], num_keys - base)
         vt_ref[:, pl.ds(base, block)] = v_SC.T
 
-    num_whole = num_keys // block
-    lax.fori_loop(0, num_whole, lambda j, _: move(pl.multiple_of(j * block, block), block), None)
-    if num_keys % block:
-        move(num_whole * block, num_keys % block)
+    lax.fori_loop(0, static.visits.span // block, move, None)
 
 
-def kernel(start, stop, kv, *refs, static: Static, names: tuple[str, ...]):
-    refs = {"kv": kv} | dict(zip(names, refs, strict=True))
-    b, h, i = (pl.program_id(x) for x in range(3))
-    visits = static.visits
+def kernel(*refs, static: Static, names: tuple[str, ...]):
+    refs = dict(zip(names, refs, strict=True))
+    b, h, step = (pl.program_id(x) for x in range(3))
+    visits, flags = static.visits, refs["flags"][step]
+    is_whole = visits.num_past is None
+    origin = 0 if is_whole else refs["first"][step] * static.blocks.chunk
+    place = b, h, refs["q_block"][step], origin
 
-    @pl.when((i == 0) & (lax.rem(h, static.group) == 0))
-    def _():
-        _transpose_values(refs["v"], refs["v_t"], static.blocks.kv, static.num_keys)
+    if not static.is_seen_once:
+        is_new = flags & forward_visits.NEW_SPAN != 0
+        is_new |= (flags & forward_visits.NEW_HEAD != 0) & (lax.rem(h, static.group) == 0)
+        left = static.num_keys - origin
+        pl.when(is_new)(lambda: _transpose_values(static, refs["v"], refs["v_t"], left))
 
-    row = b * pl.num_programs(2) + i if visits.is_per_row else i
-    for index, kind in enumerate(visits.kinds):
-        begin, end = (table[row * len(visits.kinds) + index] for table in (start, stop))
+    row = b * pl.num_programs(2) + step if visits.is_per_row else step
+    ends = [
+        [refs[name][row * len(visits.kinds) + n] for name in ("start", "stop")]
+        for n in range(len(visits.kinds))
+    ]
+    if not is_whole:
+
+        @pl.when((flags & forward_visits.CONTINUES != 0) & (ends[0][0] < ends[-1][1]))
+        def _():
+            kind = visits.kinds[0]._replace(is_first=False)
+            _Visit(static, kind, refs, ends[0][0], place).begin()
+
+    for kind, (begin, end) in zip(visits.kinds, ends, strict=True):
 
         def visit(n, kind=kind):
-            _Visit(static, kind, refs, n, (b, h, i)).emit()
+            _Visit(static, kind, refs, n, place).emit()
 
         if kind.is_first or kind.is_last:  # at most one of these in a block of queries
             pl.when(end > begin)(functools.partial(visit, begin))

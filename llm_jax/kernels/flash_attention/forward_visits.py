@@ -21,6 +21,7 @@ class Blocks:
       lead: units by which `q @ k` runs ahead of the softmax.
       lag: units by which `p @ v` runs behind the softmax.
       slots: buffers of scores, each [kv, tile] in float32.
+      span: keys that VMEM holds at once; None for all of them.
     """
 
     q: int = 2048
@@ -30,10 +31,13 @@ class Blocks:
     lead: int = 6
     lag: int = 2
     slots: int = 2
+    span: int | None = None
 
     def __post_init__(self):
         if self.q % (self.tile * self.slots) or self.kv % self.chunk:
             raise ValueError(f"{self}: q must divide by tile * slots, and kv by chunk")
+        if self.span is not None and (self.span % self.chunk or self.span < self.kv):
+            raise ValueError(f"{self}: span must divide by chunk and hold kv")
 
     def fit(self, num_queries: int) -> "Blocks":
         """Shrinks the block of queries to short sequences."""
@@ -45,7 +49,8 @@ class Kind(NamedTuple):
     """What is known of a visit when the kernel is compiled: a body of its own.
 
     Attributes:
-      pattern: SKIP, OPEN (no mask arithmetic) or PART for each [tile][chunk].
+      pattern: SKIP, OPEN (no mask arithmetic) or PART + n, where mask n decides, for each
+        [tile][chunk].
       is_first, is_last: whether the visit begins and ends a block of queries.
     """
 
@@ -54,23 +59,96 @@ class Kind(NamedTuple):
     is_last: bool
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visits:
-    """The visits of all blocks of queries, kind by kind.
+    """The visits of all blocks of queries, step by step and kind by kind.
+
+    A step is a block of queries with one span of keys; the steps of a block follow each other.
 
     Attributes:
-      kinds: in the order in which a block of queries goes through them.
       start, stop: int32 [rows * kinds]; kind n of row r visits `kv[start[r * kinds + n] : stop[...]]`.
-        A row is a block of queries of one batch row, or of all (`is_per_row`).
-      kv: int32, blocks of keys; one more than are visited, so that there is always a next one.
-      is_per_row: whether each row of the batch has its own tables.
+        A row is a step of one batch row, or of all (`is_per_row`).
+      kv: int32, first keys of the visits in chunks; one more than are visited, so that there is always
+        a next one.
+      q_block: int32 [steps].
+      first: int32 [steps], the span's first key in chunks.
+      flags: int32 [steps], of `NEW_SPAN`, `NEW_HEAD` and `CONTINUES`.
+      kinds: in the order in which a step goes through them.
+      span: keys that VMEM holds at once, those past the end included.
+      num_past: by how many keys a span may reach past the end; None for one span of all keys.
+      is_per_row: whether each row of the batch has its own `start`, `stop` and `kv`.
+      part_masks: of the patterns; where there are none PART is the mask of the attention.
     """
 
-    kinds: tuple[Kind, ...]
     start: Any
     stop: Any
     kv: Any
-    is_per_row: bool
+    q_block: Any
+    first: Any
+    flags: Any
+    kinds: tuple[Kind, ...] = dataclasses.field(metadata={"static": True})
+    span: int = dataclasses.field(metadata={"static": True})
+    num_past: int | None = dataclasses.field(metadata={"static": True})
+    is_per_row: bool = dataclasses.field(metadata={"static": True})
+    part_masks: tuple[masks.Mask, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+
+# What a step is: its span differs from that of the step before, or only its head does; it goes on with
+# the queries of the step before.
+NEW_SPAN, NEW_HEAD, CONTINUES = 1, 2, 4
+
+
+def fitted(
+    blocks: Blocks, mask: masks.Mask, num_queries: int, num_keys: int, q_offset: Any = 0
+) -> Blocks:
+    """Returns the sizes for a mask and lengths: what a block of queries may see decides.
+
+    Where that is a narrow band, keys in VMEM go along with the queries instead of lying there all the
+    time; where it is known beforehand and narrow enough, one visit takes all of it.
+    """
+    blocks = blocks.fit(num_queries)
+    if blocks.span is not None:
+        return blocks
+    if masks.is_static(mask):
+        for q in (2 * blocks.q, blocks.q):
+            band = dataclasses.replace(blocks, q=q)
+            width, units = _band(mask, num_queries, num_keys, band, q_offset)
+            if width <= num_keys // 2 and units <= _MAX_UNITS:
+                return dataclasses.replace(band, kv=width, span=width)
+    lo, hi = _hulls(mask, num_queries, num_keys, blocks, q_offset)
+    width = int((hi - lo).max()) * blocks.chunk
+    if width > num_keys // 2:
+        return blocks
+    return dataclasses.replace(blocks, span=-(-width // blocks.kv) * blocks.kv)
+
+
+# More of them in a body take longer to compile than they save.
+_MAX_UNITS = 96
+
+
+def _band(
+    mask: masks.Mask, num_queries: int, num_keys: int, blocks: Blocks, q_offset: Any
+) -> tuple[int, int]:
+    """Returns how many keys a block of queries may see, from the first to the last, and the units."""
+    lo, hi = _hulls(mask, num_queries, num_keys, blocks, q_offset)
+    some = masks.seen_blocks(mask, num_queries, num_keys, blocks.tile, blocks.chunk, q_offset)
+    per_q = blocks.q // blocks.tile
+    units = np.add.reduceat(some.sum(1), np.arange(0, len(some), per_q))
+    return int((hi - lo).max()) * blocks.chunk, int(units.max())
+
+
+def _hulls(
+    mask: masks.Mask, num_queries: int, num_keys: int, blocks: Blocks, q_offset: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns first and last (excluded) chunk that a block of queries may see before data is known."""
+    if isinstance(q_offset, int):
+        some = masks.seen_blocks(mask, num_queries, num_keys, blocks.q, blocks.chunk, q_offset)
+    else:
+        some = np.ones((-(-num_queries // blocks.q), -(-num_keys // blocks.chunk)), bool)
+    lo = np.where(some.any(1), some.argmax(1), 0)
+    hi = np.where(some.any(1), some.shape[1] - some[:, ::-1].argmax(1), 1)
+    return lo, hi
 
 
 def make_visits(
@@ -82,14 +160,16 @@ def make_visits(
     """
     classes = _classes(mask, num_queries, num_keys, blocks, q_offset)
     if isinstance(classes, np.ndarray) and classes.shape[0] == 1:
-        return _static_visits(classes[0])
-    return _dynamic_visits(jnp.asarray(classes))
+        classes, found = _simplified(mask, classes[0], num_keys, blocks, q_offset)
+        return dataclasses.replace(_static_visits(classes, num_keys, blocks), part_masks=found)
+    hulls = _hulls(mask, num_queries, num_keys, blocks, q_offset)
+    return _dynamic_visits(jnp.asarray(classes), num_keys, hulls, blocks)
 
 
 def _classes(
     mask: masks.Mask, num_queries: int, num_keys: int, blocks: Blocks, q_offset: Any
 ) -> Any:
-    """Returns SKIP, OPEN or PART, [1 or B, q blocks, kv blocks, tiles, chunks]."""
+    """Returns SKIP, OPEN or PART, [1 or B, q blocks, tiles, chunks] of whole blocks."""
     some, every = masks.block_bounds(
         mask, num_queries, num_keys, blocks.tile, blocks.chunk, q_offset
     )
@@ -101,76 +181,168 @@ def _classes(
     per_q, per_kv = blocks.q // blocks.tile, blocks.kv // blocks.chunk
     spare = ((0, 0), (0, -num_tiles % per_q), (0, -num_chunks % per_kv))
     classes = xp.pad(classes, spare, constant_values=SKIP)
-    shape = (rows, classes.shape[1] // per_q, per_q, classes.shape[2] // per_kv, per_kv)
-    return classes.reshape(shape).swapaxes(2, 3)
+    return classes.reshape(rows, -1, per_q, classes.shape[2])
+
+
+def _simplified(
+    mask: masks.Mask, classes: np.ndarray, num_keys: int, blocks: Blocks, q_offset: int
+) -> tuple[np.ndarray, tuple[masks.Mask, ...]]:
+    """Returns a static mask's classes and masks: each part has one with what matters there alone."""
+    classes, found = classes.copy(), {mask: 0}
+    for i, r, c in np.argwhere(classes == PART).tolist():
+        q_start, k_start = q_offset + i * blocks.q + r * blocks.tile, c * blocks.chunk
+        part = mask.within(
+            masks.Interval(q_start, q_start + blocks.tile - 1),
+            masks.Interval(k_start, min(k_start + blocks.chunk, num_keys) - 1),
+        )
+        classes[i, r, c] = PART + found.setdefault(part, len(found))
+    return classes, tuple(found)
 
 
 # More bodies than this take longer to compile than they save.
 _MAX_KINDS = 8
 
 
-def _static_visits(classes: np.ndarray) -> Visits:
+def _as_pattern(array: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, array.tolist()))
+
+
+def _walk(classes: np.ndarray, width: int) -> list[tuple[int, Kind]]:
+    """Returns the visits of a block of queries [tiles, chunks]: first chunk and kind."""
+    chunks, begins = np.flatnonzero(classes.any(0)), []
+    while len(chunks):
+        begins.append(int(chunks[0]))
+        chunks = chunks[chunks >= begins[-1] + width]
+    begins = begins or [0]  # a block of queries that sees no key still writes zeros
+    padded = np.pad(classes, ((0, 0), (0, width)), constant_values=SKIP)
+    return [
+        (j, Kind(_as_pattern(padded[:, j : j + width]), j == begins[0], j == begins[-1]))
+        for j in begins
+    ]
+
+
+def _static_visits(classes: np.ndarray, num_keys: int, blocks: Blocks) -> Visits:
     """Tables of a mask known beforehand: a body for each pattern that occurs."""
-
-    def as_pattern(array):
-        return tuple(map(tuple, array.tolist()))
-
-    rows = []
-    for of_block in classes:
-        # A block of queries that sees no key still writes zeros.
-        keys = [j for j in range(len(of_block)) if of_block[j].any()] or [0]
-        last = len(keys) - 1
-        rows.append(
-            [(j, Kind(as_pattern(of_block[j]), n == 0, n == last)) for n, j in enumerate(keys)]
-        )
-    is_open = as_pattern(np.full(classes.shape[2:], OPEN))
-    if len({kind for row in rows for _, kind in row}) > _MAX_KINDS:
-        coarse = as_pattern(np.full(classes.shape[2:], PART))
-        rows = [
-            [
-                (j, kind if kind.pattern == is_open else kind._replace(pattern=coarse))
-                for j, kind in row
-            ]
-            for row in rows
-        ]
+    width = blocks.kv // blocks.chunk
+    walks = [_walk(of_block, width) for of_block in classes]
+    span = (blocks.span or _MAX_KEYS) // blocks.chunk
+    steps = []  # block of queries, first chunk, visits
+    for i, walk in enumerate(walks):
+        end = 0
+        for j, kind in walk:
+            if j + width > end:
+                first = 0 if blocks.span is None else j
+                end = first + span
+                steps.append((i, first, []))
+            steps[-1][2].append((j, kind))
+    rename = _limited({kind for walk in walks for _, kind in walk})
     kinds = sorted(
-        {kind for row in rows for _, kind in row},
-        key=lambda kind: (kind.is_last, not kind.is_first, kind.pattern),
+        set(rename.values()), key=lambda kind: (kind.is_last, not kind.is_first, kind.pattern)
     )
     start, stop, kv = [], [], []
-    for row in rows:  # in the order of execution: the kernel looks up the visit after this one
+    for *_, row in steps:  # in the order of execution: the kernel looks up the visit after this one
         for kind in kinds:
             start.append(len(kv))
-            kv += [j for j, other in row if other == kind]
+            kv += [j for j, other in row if rename[other] == kind]
             stop.append(len(kv))
-    tables = (np.asarray(x, np.int32) for x in (start, stop, [*kv, 0]))
-    return Visits(tuple(kinds), *tables, is_per_row=False)
+    tables = [np.asarray(x, np.int32) for x in (start, stop, [*kv, 0])]
+    tables += _step_tables([step[:2] for step in steps])
+    if blocks.span is None:
+        return Visits(*tables, tuple(kinds), (max(kv) + width) * blocks.chunk, None, False)
+    return Visits(*tables, tuple(kinds), blocks.span, _num_past(steps, num_keys, blocks), False)
 
 
-def _dynamic_visits(classes: jax.Array) -> Visits:
-    """Tables of a mask that is data: five bodies, of blocks wholly open or masked throughout."""
-    rows, num_q, num_kv, num_tiles, num_chunks = classes.shape
-    classes = classes.reshape(rows * num_q, num_kv, -1)
-    some, is_open = jnp.any(classes != SKIP, -1), jnp.all(classes == OPEN, -1)
-    # A block of queries that sees no key visits block 0, all of it masked.
-    some = some.at[:, 0].set(some[:, 0] | ~jnp.any(some, 1))
-    block = jnp.arange(num_kv)
-    first = jnp.argmax(some, 1)[:, None]
-    last = (num_kv - 1 - jnp.argmax(some[:, ::-1], 1))[:, None]
-    kind = jnp.where(is_open, 1, 2)
-    kind = jnp.where(block == last, 3, kind)
-    kind = jnp.where(block == first, jnp.where(first == last, 4, 0), kind)
-    kind = jnp.where(some, kind, 5)
-    kv = jnp.argsort(kind * num_kv + block, axis=1)
-    count = jnp.sum(kind[:, :, None] == jnp.arange(5), 1)
-    stop = jnp.cumsum(count, 1) + jnp.arange(rows * num_q)[:, None] * num_kv
-    part, opened = (((x,) * num_chunks,) * num_tiles for x in (PART, OPEN))
-    kinds = (
-        Kind(part, True, False),
-        Kind(opened, False, False),
-        Kind(part, False, False),
-        Kind(part, False, True),
-        Kind(part, True, True),
-    )
+# As good as infinitely many.
+_MAX_KEYS = 2**30
+
+
+def _num_past(steps: list[tuple], num_keys: int, blocks: Blocks) -> int:
+    end = max(step[1] for step in steps) * blocks.chunk + blocks.span
+    return max(0, end - num_keys)
+
+
+def _limited(kinds: set[Kind]) -> dict[Kind, Kind]:
+    """Returns the kinds to take instead: all that are not open masked throughout, if there are many."""
+    if len(kinds) <= _MAX_KINDS:
+        return {kind: kind for kind in kinds}
+    shape = np.shape(next(iter(kinds)).pattern)
+    is_open, coarse = (_as_pattern(np.full(shape, state)) for state in (OPEN, PART))
+    return {
+        kind: kind if kind.pattern == is_open else kind._replace(pattern=coarse) for kind in kinds
+    }
+
+
+def _step_tables(steps: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns `q_block`, `first` and `flags` of the steps."""
+    q_block, first = (np.asarray(x, np.int32) for x in zip(*steps))
+    flags = np.where(first != np.roll(first, 1), NEW_SPAN, 0)
+    # The last step of the head before, which may have had the same keys.
+    flags[0] = NEW_HEAD if flags[0] == 0 else NEW_SPAN
+    flags[1:] |= np.where(q_block[1:] == q_block[:-1], CONTINUES, 0)
+    return q_block, first, flags.astype(np.int32)
+
+
+def _dynamic_visits(
+    classes: jax.Array, num_keys: int, hulls: tuple[np.ndarray, np.ndarray], blocks: Blocks
+) -> Visits:
+    """Tables of a mask that is data: six bodies, of blocks wholly open or masked throughout."""
+    rows, num_q, num_tiles, num_chunks = classes.shape
+    width = blocks.kv // blocks.chunk
+    if blocks.span is None:
+        steps, span = [(i, 0) for i in range(num_q)], num_chunks
+    else:
+        span = blocks.span // blocks.chunk // width * width
+        steps = [(i, x) for i, (lo, hi) in enumerate(zip(*hulls)) for x in range(lo, hi, span)]
+    tables = q_block, first, flags = _step_tables(steps)
+    begins = first[:, None] + np.arange(0, span, width)
+    at = np.minimum(begins[..., None] + np.arange(width), num_chunks)
+    classes = jnp.pad(classes, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=SKIP)
+    classes = jnp.moveaxis(classes, 3, 2)[:, q_block[:, None, None], at]  # rows, steps, visits, ...
+    is_first = np.diff(q_block, prepend=-1) != 0
+    is_last = np.diff(q_block, append=-1) != 0
+    kind = _kinds(classes.reshape(rows, *begins.shape, -1), is_first, is_last)
+    kind = kind.reshape(rows * len(steps), -1)
+    order = jnp.argsort(kind, axis=1, stable=True)
+    kv = jnp.take_along_axis(jnp.tile(begins, (rows, 1)), order, 1)
+    count = jnp.sum(kind[:, :, None] == jnp.arange(len(_DYNAMIC_KINDS)), 1)
+    stop = jnp.cumsum(count, 1) + jnp.arange(len(kind))[:, None] * kind.shape[1]
     start, stop, kv = (x.reshape(-1).astype(jnp.int32) for x in (stop - count, stop, kv))
-    return Visits(kinds, start, stop, jnp.append(kv, 0), is_per_row=rows > 1)
+    kinds = tuple(
+        Kind(((state,) * width,) * num_tiles, *ends) for state, *ends in _DYNAMIC_KINDS
+    )
+    tables = [start, stop, jnp.append(kv, 0), *tables]
+    if blocks.span is None:
+        return Visits(*tables, kinds, span * blocks.chunk, None, rows > 1)
+    return Visits(*tables, kinds, blocks.span, _num_past(steps, num_keys, blocks), rows > 1)
+
+
+# Open blocks before the others: what begins a block of queries is open where possible.
+_DYNAMIC_KINDS = (
+    (OPEN, True, False),
+    (PART, True, False),
+    (OPEN, False, False),
+    (PART, False, False),
+    (PART, False, True),
+    (PART, True, True),
+)
+
+
+def _kinds(classes: jax.Array, is_first: np.ndarray, is_last: np.ndarray) -> jax.Array:
+    """Returns which of `_DYNAMIC_KINDS` each visit is, their number for one that is left out.
+
+    Args:
+      classes: [rows, steps, visits, units].
+      is_first, is_last: [steps], whether a step begins and ends a block of queries.
+    """
+    some, is_open = jnp.any(classes != SKIP, -1), jnp.all(classes == OPEN, -1)
+    # A step that begins or ends a block of queries does so with a visit, all of it masked perhaps.
+    is_needed = (is_first | is_last)[:, None] & (np.arange(some.shape[2]) == 0)
+    some |= is_needed & ~jnp.any(some, 2, keepdims=True)
+    rank = jnp.where(some, jnp.where(is_open, 0, 1), 2)
+    place = jnp.argsort(jnp.argsort(rank, axis=2, stable=True), axis=2)
+    first = is_first[:, None] & (place == 0)
+    last = is_last[:, None] & (place == jnp.sum(some, 2, keepdims=True) - 1)
+    kind = jnp.where(is_open, 2, 3)
+    kind = jnp.where(first, jnp.where(is_open, 0, 1), kind)
+    kind = jnp.where(last, jnp.where(first, 5, 4), kind)
+    return jnp.where(some, kind, len(_DYNAMIC_KINDS))

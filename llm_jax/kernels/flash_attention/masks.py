@@ -58,6 +58,10 @@ class Mask:
         """Returns the bounds of blocks of slots; array fields are `Interval`s as well."""
         raise NotImplementedError
 
+    def within(self, t: Interval, s: Interval) -> "Mask":
+        """Returns a mask that says the same of a block of slots, without conditions that hold there."""
+        return self
+
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
 
@@ -84,13 +88,19 @@ class Band(Mask):
     right: int | None = _static()
 
     def allowed(self, t, s):
-        distance = t - s
-        is_allowed = distance == distance  # true, in the shape that the slots broadcast to
-        if self.left is not None:
-            is_allowed &= distance <= self.left
+        # A limit for each query, so that a pair costs a comparison and no difference.
+        sides = [] if self.left is None else [s >= t - self.left]
         if self.right is not None:
-            is_allowed &= distance >= -self.right
-        return is_allowed
+            sides.append(s <= t + self.right)
+        if not sides:
+            return (t == t) & (s == s)  # true, in the shape that the slots broadcast to
+        return sides[0] if len(sides) == 1 else sides[0] & sides[1]
+
+    def within(self, t, s):
+        lo, hi = t.lo - s.hi, t.hi - s.lo
+        is_left_far = self.left is not None and hi <= self.left
+        is_right_far = self.right is not None and lo >= -self.right
+        return Band(None if is_left_far else self.left, None if is_right_far else self.right)
 
     def bounds(self, t, s):
         lo, hi = t.lo - s.hi, t.hi - s.lo
@@ -172,6 +182,10 @@ class And(Mask):
     def bounds(self, t, s):
         one, other = self.one.bounds(t, s), self.other.bounds(t, s)
         return Bounds(one.some & other.some, one.all & other.all)
+
+    def within(self, t, s):
+        one, other = self.one.within(t, s), self.other.within(t, s)
+        return one if other == Band() else other if one == Band() else And(one, other)
 
 
 @_mask
@@ -279,15 +293,27 @@ def block_bounds(
     return Bounds(*(xp.broadcast_to(x, shape) for x in bounds))
 
 
+def seen_blocks(
+    mask: Mask, num_queries: int, num_keys: int, q_block: int, k_block: int, q_offset: int = 0
+) -> np.ndarray:
+    """Returns whether some pair of a block may attend for all that is known before the arrays.
+
+    Booleans [num_q_blocks, num_k_blocks].
+    """
+    unknown = Interval(int(_INT32.min), int(_INT32.max))
+    t, s = _blocks(num_queries, q_block, q_offset), _blocks(num_keys, k_block)
+    t = Interval(t.lo[:, None], t.hi[:, None])
+    some = map_arrays(lambda dims, array: unknown, mask).bounds(t, s).some
+    return np.broadcast_to(some, (len(t.hi), len(s.hi)))
+
+
 def visible_keys(mask: Mask, queries: range, num_keys: int, q_offset: int, block: int) -> range:
     """Returns the keys that some query of `queries` may see for all that is known before the arrays.
 
     Rounded outwards to blocks of `block` keys; empty where none is seen.
     """
-    unknown = Interval(int(_INT32.min), int(_INT32.max))
-    t = Interval(q_offset + queries.start, q_offset + queries.stop - 1)
-    some = map_arrays(lambda dims, array: unknown, mask).bounds(t, _blocks(num_keys, block)).some
-    seen = np.flatnonzero(np.broadcast_to(some, (-(-num_keys // block),)))
+    count, offset = len(queries), q_offset + queries.start
+    seen = np.flatnonzero(seen_blocks(mask, count, num_keys, count, block, offset))
     if not len(seen):
         return range(0)
     return range(int(seen[0]) * block, min(int(seen[-1] + 1) * block, num_keys))

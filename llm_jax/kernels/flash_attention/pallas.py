@@ -175,12 +175,13 @@ def _forward_on_one_device(
     static, row_axes, k_axes, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
 ):
     B, T, K, G, _ = q_BTKGC.shape
-    blocks = static.blocks.forward.fit(T)
     offset = static.q_offset if q_offset is None else q_offset
+    S = k_BSKC.shape[1]
+    blocks = forward_visits.fitted(static.blocks.forward, mask, T, S, offset)
     y_BHTC, lse_BHT = forward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
         parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
-        visits=forward_visits.make_visits(mask, T, k_BSKC.shape[1], blocks, offset),
+        visits=forward_visits.make_visits(mask, T, S, blocks, offset),
         blocks=blocks,
         sinks_H=None if sinks_KG is None else sinks_KG.reshape(-1),
         interpret=static.is_interpreted,
