@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import forward_kernel
 from llm_jax.kernels.flash_attention import forward_visits
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 _MIB = 2**20
@@ -169,6 +170,28 @@ def attention(
         name="flash_attention_forward",
     )(*(getattr(visits, name) for name in _TABLES), *arguments)
     return o_BHTC, lse_BH1T[:, :, 0]
+
+
+def fitted(
+    blocks: forward_visits.Blocks,
+    mask: masks.Mask,
+    lengths: tuple[int, int],
+    widths: tuple[int, int],
+    dtype,
+    q_offset: jax.Array | int = 0,
+) -> forward_visits.Blocks | None:
+    """Returns the sizes for `lengths` T and S and `widths` of queries and values, None if none fits.
+
+    Keys and values of a head lie in VMEM if they fit, else they come in spans for each block of queries.
+    """
+    whole, band = blocks.fit(lengths[0]), forward_visits.fitted(blocks, mask, *lengths, q_offset)
+    spans = () if blocks.span is not None else (16, 8, 4, 2, 1)
+    parted = (dataclasses.replace(whole, span=count * whole.kv) for count in spans)
+    for sizes in (band, whole, *parted):
+        keys = sizes.span or -(-lengths[1] // sizes.kv) * sizes.kv
+        if vmem_bytes(*widths, keys, sizes, dtype) <= VMEM_LIMIT:
+            return sizes
+    return None
 
 
 def vmem_bytes(C: int, Cv: int, keys: int, blocks: forward_visits.Blocks, dtype) -> int:

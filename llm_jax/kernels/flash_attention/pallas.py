@@ -84,14 +84,11 @@ def refusal(
     spec = jax.typeof(q_BTKGC).sharding.spec
     if placement.is_cut((*spec, None, None)[1]):
         return f"needs whole sequences, queries are sharded {spec}"
-    S, C, Cv = v_BSKC.shape[1], q_BTKGC.shape[-1], v_BSKC.shape[-1]
-    sizes = blocks.forward.fit(q_BTKGC.shape[1])
-    keys = -(-S // sizes.kv) * sizes.kv
-    needed = forward.vmem_bytes(C, Cv, keys, sizes, q_BTKGC.dtype)
-    if needed > forward.VMEM_LIMIT:
+    lengths, widths = (q_BTKGC.shape[1], v_BSKC.shape[1]), (q_BTKGC.shape[-1], v_BSKC.shape[-1])
+    if forward.fitted(blocks.forward, masks.full(), lengths, widths, q_BTKGC.dtype) is None:
         return (
-            f"holds the keys and values of a head in VMEM: {S} of widths {C} and {Cv} need"
-            f" {needed >> 20} MiB of {forward.VMEM_LIMIT >> 20}"
+            f"holds {blocks.forward.kv} keys and values of a head in VMEM: widths {widths[0]} and"
+            f" {widths[1]} need more than {forward.VMEM_LIMIT >> 20} MiB"
         )
     return None
 
@@ -176,8 +173,8 @@ def _forward_on_one_device(
 ):
     B, T, K, G, _ = q_BTKGC.shape
     offset = static.q_offset if q_offset is None else q_offset
-    S = k_BSKC.shape[1]
-    blocks = forward_visits.fitted(static.blocks.forward, mask, T, S, offset)
+    S, widths = k_BSKC.shape[1], (q_BTKGC.shape[-1], v_BSKC.shape[-1])
+    blocks = forward.fitted(static.blocks.forward, mask, (T, S), widths, q_BTKGC.dtype, offset)
     y_BHTC, lse_BHT = forward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
         parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
