@@ -127,25 +127,32 @@ def test_backward_visits_cover_the_mask_once(is_traced, is_q_outer, case):
         }
         count = np.zeros((num_queries + 8, num_keys + 8), int)
         is_open = np.zeros_like(count, bool)
+        allowed = np.ones_like(is_open)
         for n in range(visits.num_visits):
             column = {name: int(x[n]) for name, x in columns.items()}
             opens = column["open_turns"] * BACKWARD.open_unroll
-            num_masked = column["masked_turns"] * BACKWARD.masked_unroll + column["masked_rest"]
-            lists = (
-                (column["open_start"], opens, BACKWARD.open_q, BACKWARD.open_k, True),
-                (column["masked_start"], num_masked, BACKWARD.masked_q, BACKWARD.masked_k, False),
-            )
-            for first, number, size_q, size_k, is_open_list in lists:
+            lists = [(column["open_start"], opens, BACKWARD.open_q, BACKWARD.open_k, True, None)]
+            for m, part_mask in enumerate(visits.part_masks):
+                number = column[f"masked_turns_{m}"] * BACKWARD.masked_unroll
+                number += column[f"masked_rest_{m}"]
+                sizes = BACKWARD.masked_q, BACKWARD.masked_k
+                lists.append((column[f"masked_start_{m}"], number, *sizes, False, part_mask))
+            for first, number, size_q, size_k, is_open_list, part_mask in lists:
                 for tile in tiles[first : first + number]:
                     t = column["q_block"] * BACKWARD.macro_q + (tile & 0xFFFF) * size_q
                     s = column["k_block"] * BACKWARD.macro_k + (tile >> 16) * size_k
                     at = slice(t, t + size_q), slice(s, s + size_k)
                     count[at] += 1
                     is_open[at] |= is_open_list
+                    if part_mask is not None:
+                        slots = np.arange(t, t + size_q)[:, None] + offset
+                        allowed[at] = part_mask.allowed(slots, np.arange(s, s + size_k))
         inside = np.s_[:num_queries, :num_keys]
         assert count.max() <= 1
         assert (count[inside] >= wanted[b]).all()
         assert (wanted[b] | ~is_open[inside]).all()
+        if visits.part_masks != (None,):  # a mask for a part says what the whole one says
+            np.testing.assert_array_equal((allowed & (count > 0))[inside], wanted[b])
         assert is_open.sum() == is_open[inside].sum()
         # All blocks are begun once, ended once, and the queries' gradients leave in that order.
         for axis, name in (("K", "k_block"), ("Q", "q_block")):
@@ -173,8 +180,12 @@ def test_work_is_in_proportion_to_what_is_open():
         )
         columns = backward_visits.make_visits(mask, length, length, chosen.backward).columns
         opens = columns["open_turns"].sum() * chosen.backward.open_unroll
-        masked = columns["masked_turns"] * chosen.backward.masked_unroll + columns["masked_rest"]
-        backward = opens * chosen.backward.open_q**2 + masked.sum() * chosen.backward.masked_q**2
+        turns, rest = (
+            sum(x.sum() for name, x in columns.items() if name.startswith(f"masked_{what}"))
+            for what in ("turns", "rest")
+        )
+        masked = turns * chosen.backward.masked_unroll + rest
+        backward = opens * chosen.backward.open_q**2 + masked * chosen.backward.masked_q**2
         return parts * chosen.forward.tile * chosen.forward.chunk, backward
 
     length, block = 8192, 256

@@ -34,7 +34,7 @@ def _specs(
 ) -> dict[str, pl.BlockSpec]:
     """Returns the block specs by name; their index maps read the tables."""
     blocks, group = plan.blocks, plan.group
-    index = {name: n for n, name in enumerate(backward_kernel.COLUMNS)}
+    index = {name: n for n, name in enumerate(visits.columns)}
 
     def value(tables, name, b, x):
         return tables[index[name]][x + b * visits.num_visits if visits.is_per_row else x]
@@ -116,7 +116,7 @@ def run(
     C, Cv = arrays["k_in"].shape[c_axis], arrays["v_in"].shape[c_axis]
     B, K = arrays["k_in"].shape[:2]
     specs, scratch = _specs(plan, visits, C, Cv), _scratch(plan, arrays["k_in"].dtype, C, Cv)
-    tables = (*backward_kernel.COLUMNS, "tiles")
+    tables = (*visits.columns, "tiles")
     # As if half were masked: 2 * C FLOPs for each pair and product.
     num_products = 2 + plan.has_dq + 2 * plan.has_dkv
     num_pairs = B * K * plan.group * plan.num_queries * plan.num_keys // 2
@@ -126,6 +126,8 @@ def run(
             backward_kernel.kernel,
             plan=plan,
             names=(*tables, *arrays, *outs, *scratch),
+            columns=tuple(visits.columns),
+            part_masks=visits.part_masks,
             row_visits=visits.num_visits if visits.is_per_row else 0,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -147,7 +149,7 @@ def run(
             vmem_limit_bytes=plan.blocks.vmem_bytes,
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         ),
-    )(*(visits.columns[name] for name in backward_kernel.COLUMNS), visits.tiles, *arrays.values())
+    )(*visits.columns.values(), visits.tiles, *arrays.values())
     return dict(zip(outs, found, strict=True))
 
 

@@ -2,30 +2,18 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import backward_visits
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 _NT = ((1,), (1,))
 _NN = ((1,), (0,))
-
-# The tables of a kernel, in order; after them comes the list of tiles.
-COLUMNS = (
-    "q_block",
-    "k_block",
-    "flags",
-    "dq_block",
-    "open_start",
-    "open_turns",
-    "masked_start",
-    "masked_turns",
-    "masked_rest",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -57,6 +45,13 @@ class Plan:
         return blocks.macro_q // blocks.masked_q, blocks.macro_k // blocks.masked_k
 
 
+class Masking(NamedTuple):
+    """Whether a tile is masked, and by which mask if not by that of the attention."""
+
+    is_masked: bool
+    mask: masks.Mask | None = None
+
+
 def _rows(start, unit: int, size: int):
     return pl.ds(pl.multiple_of(start * unit, unit), size)
 
@@ -73,10 +68,10 @@ def _zero_past(x, axis: int, limit):
     return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) < limit, x, jnp.zeros_like(x))
 
 
-def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
+def _tile(plan: Plan, refs, tile, masking: Masking, place, dq_at) -> None:
     """One tile: two products, the elementwise part, three products into the accumulators."""
     b, head, origin_q, origin_k = place
-    blocks = plan.blocks
+    blocks, is_masked = plan.blocks, masking.is_masked
     size_q = blocks.masked_q if is_masked else blocks.open_q
     size_k = blocks.masked_k if is_masked else blocks.open_k
     num_q, num_k = size_q // blocks.masked_q, size_k // blocks.masked_k
@@ -112,7 +107,8 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
         s_ST *= scores_lib.LOG2E
     p_ST = jnp.exp2(s_ST - lse_1T)
     if is_masked:  # probabilities, not scores: a query that sees no key has no logsumexp to trust
-        is_allowed = parts.mask.allowed(t, k_index)
+        t_1T = parts.slots(q_start + lax.broadcasted_iota(jnp.int32, lse_1T.shape, 1))
+        is_allowed = (masking.mask or parts.mask).allowed(t_1T, k_index)
         if plan.is_ragged:
             is_allowed &= (q_index < plan.num_queries) & (k_index < plan.num_keys)
         p_ST = jnp.where(is_allowed, p_ST, 0.0)
@@ -231,11 +227,18 @@ def _store(plan: Plan, refs, flags, g, dq_at) -> None:
                 refs["dv"][...] = refs["dv_sum"][...].astype(refs["dv"].dtype)
 
 
-def kernel(*refs, plan: Plan, names: tuple[str, ...], row_visits: int):
+def kernel(
+    *refs,
+    plan: Plan,
+    names: tuple[str, ...],
+    columns: tuple[str, ...],
+    part_masks: tuple[masks.Mask | None, ...],
+    row_visits: int,
+):
     refs = dict(zip(names, refs, strict=True))
     b, k_head, visit, g = (pl.program_id(n) for n in range(4))
     at = visit + b * row_visits
-    column = {name: refs[name][at] for name in COLUMNS}
+    column = {name: refs[name][at] for name in columns}
     blocks, head = plan.blocks, k_head * plan.group + g
     num_pieces = plan.pieces[0]
     num_macro = -(-plan.num_queries // blocks.macro_q) if plan.has_dkv else 1
@@ -245,17 +248,18 @@ def kernel(*refs, plan: Plan, names: tuple[str, ...], row_visits: int):
         refs |= {"k": refs["k_in"], "v": refs["v_in"], "do": refs["do_in"]}
     _load(plan, refs, column["flags"], g, place, dq_at)
 
-    def turn(is_masked, count, first, n, _):
+    def turn(masking, count, first, n, _):
         for m in range(count):
             tile = refs["tiles"][first + n * count + m]
-            _tile(plan, refs, tile, is_masked, place, dq_at)
+            _tile(plan, refs, tile, masking, place, dq_at)
 
-    def walk(is_masked, count, first, turns):
-        lax.fori_loop(0, turns, functools.partial(turn, is_masked, count, first), None)
+    def walk(masking, count, first, turns):
+        lax.fori_loop(0, turns, functools.partial(turn, masking, count, first), None)
 
-    walk(False, blocks.open_unroll, column["open_start"], column["open_turns"])
-    unroll, turns = blocks.masked_unroll, column["masked_turns"]
-    walk(True, unroll, column["masked_start"], turns)
-    if unroll > 1:
-        walk(True, 1, column["masked_start"] + turns * unroll, column["masked_rest"])
+    walk(Masking(False), blocks.open_unroll, column["open_start"], column["open_turns"])
+    for n, mask in enumerate(part_masks):
+        unroll, turns, first = blocks.masked_unroll, column[f"masked_turns_{n}"], column[f"masked_start_{n}"]
+        walk(Masking(True, mask), unroll, first, turns)
+        if unroll > 1:
+            walk(Masking(True, mask), 1, first + turns * unroll, column[f"masked_rest_{n}"])
     _store(plan, refs, column["flags"], g, dq_at)

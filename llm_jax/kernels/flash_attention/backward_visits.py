@@ -8,6 +8,7 @@ which is correct (a mask is never wrong) and only slower.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -61,23 +62,26 @@ class Blocks:
         return dataclasses.replace(self, **changed)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visits:
     """Tables [rows * num_visits] of the macro visits, and the lists of tiles that they point into.
 
     Attributes:
-      columns: int32, by name. `q_block` and `k_block` of the visit, `flags`; `open_start` and
-        `open_turns`, `masked_start`, `masked_turns` and `masked_rest` in `tiles`; and `dq_block`, which
-        is completed next.
+      columns: int32, by name. `q_block` and `k_block` of the visit, `flags`, and `dq_block`, which is
+        completed next; `open_start` and `open_turns` in `tiles`; and for each n of `part_masks`
+        `masked_start_n`, `masked_turns_n` and `masked_rest_n`.
       tiles: int32, `i | j << 16` in units of their own size, within the macro block.
       num_visits: of each row of the tables.
       is_per_row: whether each row of the batch has its own.
+      part_masks: that of each list of masked tiles; None for the mask of the attention.
     """
 
     columns: dict[str, Any]
     tiles: Any
-    num_visits: int
-    is_per_row: bool
+    num_visits: int = dataclasses.field(metadata={"static": True})
+    is_per_row: bool = dataclasses.field(metadata={"static": True})
+    part_masks: tuple[masks.Mask | None, ...] = dataclasses.field(metadata={"static": True})
 
 
 def make_visits(
@@ -96,9 +100,10 @@ def make_visits(
     is_used = np.ones((num_i, num_j), bool) if xp is jnp else some.any((0, -2, -1))
     order = _order(is_used, is_q_outer)
     at_i, at_j = (np.asarray(x) for x in zip(*order))
-    some, is_open = some[:, at_i, at_j], is_open[:, at_i, at_j]
+    which, part_masks = _part_masks(mask, some, is_open, num_keys, blocks, q_offset)
+    some, is_open, which = (x[:, at_i, at_j] for x in (some, is_open, which))
 
-    # Open tiles as whole turns; the others are left to the masked list, tile by small tile.
+    # Open tiles as whole turns; the others are left to the masked lists, tile by small tile.
     count = xp.sum(is_open, (-2, -1))
     kept = count - count % blocks.open_unroll
     rank = xp.cumsum(_listed(is_open), -1)
@@ -106,33 +111,73 @@ def make_visits(
     taken = xp.swapaxes(listed.reshape(*is_open.shape[:2], *is_open.shape[:1:-1]), -1, -2)
     ratio = blocks.open_q // blocks.masked_q, blocks.open_k // blocks.masked_k
     taken = xp.repeat(xp.repeat(taken, ratio[0], -2), ratio[1], -1)
-    is_masked = _listed(some & ~taken)
-    num_masked = xp.sum(is_masked, -1)
-    tiles = xp.concatenate(
-        [
-            _compacted(xp, listed, is_open.shape[-2]),
-            _compacted(xp, is_masked, some.shape[-2]),
-        ],
-        -1,
-    )
-    start = np.arange(num_rows * len(order)).reshape(num_rows, -1) * tiles.shape[-1]
-    columns = _static_columns(order) | {
-        "open_start": start,
-        "open_turns": kept // blocks.open_unroll,
-        "masked_start": start + listed.shape[-1],
-        "masked_turns": num_masked // blocks.masked_unroll,
-        "masked_rest": num_masked % blocks.masked_unroll,
-    }
+    lists = [(listed, is_open.shape[-2])]
+    lists += [
+        (_listed(some & ~taken & (which == n)), some.shape[-2]) for n in range(len(part_masks))
+    ]
+    counts = [xp.sum(is_in, -1) for is_in, _ in lists]
+    tiles = xp.concatenate([_compacted(xp, *each) for each in lists], -1)
+    starts = _starts(lists, num_rows)
+    if xp is np:  # known lists follow each other without gaps
+        is_in = np.concatenate([np.sort(~is_in, -1) for is_in, _ in lists], -1)
+        tiles, before = tiles[~is_in], np.cumsum(~is_in.reshape(-1)) - ~is_in.reshape(-1)
+        starts = [before[start] for start in starts]
+    columns = _static_columns(order)
+    columns |= {"open_start": starts[0], "open_turns": kept // blocks.open_unroll}
+    for n in range(len(part_masks)):
+        columns[f"masked_start_{n}"] = starts[n + 1]
+        columns[f"masked_turns_{n}"] = counts[n + 1] // blocks.masked_unroll
+        columns[f"masked_rest_{n}"] = counts[n + 1] % blocks.masked_unroll
 
     def flat(table):
         return xp.broadcast_to(table, (num_rows, len(order))).reshape(-1).astype(np.int32)
 
     return Visits(
         {name: flat(table) for name, table in columns.items()},
-        tiles.reshape(-1).astype(np.int32),
+        tiles.reshape(-1).astype(np.int32) if tiles.size else np.zeros(1, np.int32),
         len(order),
         num_rows > 1,
+        part_masks,
     )
+
+
+def _starts(lists: list[tuple[Any, int]], num_rows: int) -> list[np.ndarray]:
+    """Returns where the list of each visit begins, [rows, visits], if all have their whole length."""
+    lengths = [is_in.shape[-1] for is_in, _ in lists]
+    visits = np.arange(num_rows * lists[0][0].shape[1]).reshape(num_rows, -1) * sum(lengths)
+    return [visits + sum(lengths[:n]) for n in range(len(lists))]
+
+
+# A list for each costs bodies.
+_MAX_MASKS = 3
+
+
+def _part_masks(
+    mask: masks.Mask, some: Any, is_open: Any, num_keys: int, blocks: Blocks, q_offset: Any
+) -> tuple[Any, tuple[masks.Mask | None, ...]]:
+    """Returns the list of each tile, in the shape of `some`, and the masks of the lists.
+
+    A static mask's tile has a mask with what matters there alone.
+    """
+    which = np.zeros(some.shape, np.int32)
+    if not isinstance(some, np.ndarray) or not masks.is_static(mask):
+        return which, (None,)
+    found = {}
+    open_tiles = is_open.repeat(blocks.open_q // blocks.masked_q, -2)
+    open_tiles = open_tiles.repeat(blocks.open_k // blocks.masked_k, -1)
+    for place in np.argwhere(some & ~open_tiles).tolist():
+        _, i, j, q, k = place
+        t = q_offset + i * blocks.macro_q + q * blocks.masked_q
+        s = j * blocks.macro_k + k * blocks.masked_k
+        part = mask.within(
+            masks.Interval(t, t + blocks.masked_q - 1),
+            masks.Interval(s, min(s + blocks.masked_k, num_keys) - 1),
+        )
+        which[tuple(place)] = found.setdefault(part, len(found))
+    if len(found) > _MAX_MASKS:
+        return np.zeros_like(which), (mask,)
+    # Open tiles that are left over join the first list, whose mask holds there as well.
+    return which, tuple(found) or (mask,)
 
 
 def _tiles_by_macro(
