@@ -164,6 +164,28 @@ def _fits_at_once(
     return sums + windows + copies + tiles <= blocks.vmem_bytes
 
 
+def _sized(
+    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int
+) -> tuple[backward_visits.Blocks, bool]:
+    """Returns the blocks, with smaller macro blocks where VMEM asks for them, and if one run will do."""
+    found = blocks
+    while not _fits_at_once(found, T, group, C, Cv, size):
+        macros = found.macro_q // 2, found.macro_k // 2
+        if macros[0] % found.open_q or macros[1] % found.open_k or min(macros) < _LEAST_MACRO:
+            break
+        found = dataclasses.replace(found, macro_q=macros[0], macro_k=macros[1])
+    else:
+        return found, True
+    capped = {
+        f"macro_{axis}": min(getattr(blocks, f"macro_{axis}"), _TWO_RUNS_MACRO) for axis in "qk"
+    }
+    return dataclasses.replace(blocks, **capped), False
+
+
+# Smaller ones cost more than a second run does; in two runs nothing larger was compiled.
+_LEAST_MACRO, _TWO_RUNS_MACRO = 2048, 4096
+
+
 def _in_pieces(x: jax.Array, piece: int, macro: int) -> jax.Array:
     """[..., N] as [..., pieces, 1, piece] of whole macro blocks, zeros past the end."""
     spare = -x.shape[-1] % macro
@@ -198,6 +220,7 @@ def attention(
     """
     H, T, C = q_BHTC.shape[1:]
     K, S, Cv = v_BKSC.shape[1:]
+    blocks, is_at_once = _sized(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize)
     is_c_first = max(C, Cv) < 128
 
     def turned(x):
@@ -226,7 +249,7 @@ def attention(
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
     plan = backward_kernel.Plan(blocks, shell, bare, T, S, H // K, is_c_first, True, True)
     runs = [(plan, list(outs))]
-    if not _fits_at_once(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize):
+    if not is_at_once:
         runs = [
             (dataclasses.replace(plan, has_dq=False), ["dk", "dv"]),
             (dataclasses.replace(plan, has_dkv=False), ["dq"]),

@@ -28,14 +28,14 @@ class Blocks:
       vmem_bytes: what the kernel may ask for.
     """
 
-    macro_q: int = 4096
-    macro_k: int = 4096
+    macro_q: int = 8192
+    macro_k: int = 8192
     open_q: int = 512
     open_k: int = 512
-    masked_q: int = 512
+    masked_q: int = 256
     masked_k: int = 512
     open_unroll: int = 4
-    masked_unroll: int = 2
+    masked_unroll: int = 4
     vmem_bytes: int = 100 * 2**20
 
     def __post_init__(self):

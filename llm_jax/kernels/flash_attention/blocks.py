@@ -58,6 +58,7 @@ def for_device(device_kind: str, width: int) -> Blocks:
             macro_k=min(blocks.backward.macro_k, 2048),
         )
         return dataclasses.replace(blocks, backward=smaller)
-    if width < 128 and blocks is _NARROW:
-        return dataclasses.replace(blocks, backward=backward_visits.Blocks())
+    if width < 128 and blocks in (_NARROW, Blocks()):
+        smaller = backward_visits.Blocks(masked_q=512, masked_unroll=2)
+        return dataclasses.replace(blocks, backward=smaller)
     return blocks
