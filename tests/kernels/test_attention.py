@@ -411,7 +411,7 @@ def test_gradients_that_do_not_fit_at_once_are_made_in_two_runs(name):
     helpers.assert_close(program(small)(parameters), program(BLOCKS)(parameters), 2e-5)
 
 
-@pytest.mark.parametrize("changes", [{"span": 4}, {"span": 8}, {"kv": 12, "span": 12}])
+@pytest.mark.parametrize("changes", [{"span": 4}, {"span": 8}, {"kv": 12, "span": 12, "own": 3}])
 @pytest.mark.parametrize("name", SPANNED)
 def test_keys_may_come_in_spans(name, changes):
     """With sizes that let VMEM hold some of the keys at a time, in one visit or several."""

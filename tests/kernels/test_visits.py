@@ -33,7 +33,7 @@ SIZES = [
     FORWARD,
     # A span at a time: of two visits, and of one.
     dataclasses.replace(FORWARD, span=8),
-    dataclasses.replace(FORWARD, kv=6, span=6),
+    dataclasses.replace(FORWARD, kv=6, span=6, own=3),
 ]
 
 
@@ -77,7 +77,7 @@ def _walked(visits, sizes, b, num_keys):
     """Returns, by block of queries, the ends of its visits and the parts: where, and which."""
     tables = {
         name: np.asarray(getattr(visits, name))
-        for name in ("start", "stop", "kv", "q_block", "first", "flags")
+        for name in ("start", "stop", "kv", "units", "q_block", "first", "flags")
     }
     found, num_kinds, chunk, tile = {}, len(visits.kinds), sizes.chunk, sizes.tile
     for step, i in enumerate(tables["q_block"].tolist()):
@@ -92,8 +92,11 @@ def _walked(visits, sizes, b, num_keys):
             begin, end = (tables[name][row * num_kinds + n] for name in ("start", "stop"))
             ends += [(kind.is_first, kind.is_last)] * (end - begin)
             # The kernel looks up the next visit before this one is over.
-            assert previous in (None, begin) or begin == end
+            assert previous in (None, begin) or begin == end or kind.is_own
             previous = end if end > begin else previous
+            if kind.is_own:
+                parts += _own_parts(visits, sizes, tables, origin, kind, range(begin, end))
+                continue
             for base in tables["kv"][begin:end] * chunk:
                 assert origin <= base and base + sizes.kv <= origin + visits.span
                 parts += [
@@ -103,6 +106,23 @@ def _walked(visits, sizes, b, num_keys):
                     if part != forward_visits.SKIP
                 ]
     return found
+
+
+def _own_parts(visits, sizes, tables, origin, kind, numbers):
+    """Returns the parts of visits in which each tile has its own chunks."""
+    number = forward_visits.per_word(visits.span // sizes.chunk)
+    words, bits = -(-sizes.own // number), 32 // number
+    parts = []
+    for n in numbers:
+        for r, of_tile in enumerate(kind.pattern):
+            for c, part in enumerate(of_tile):
+                word = int(tables["units"][(n * len(kind.pattern) + r) * words + c // number])
+                index = (word >> (c % number * bits)) & ((1 << bits) - 1)
+                base = origin + index * sizes.chunk
+                assert base + sizes.chunk <= origin + visits.span
+                at_q = slice(r * sizes.tile, (r + 1) * sizes.tile)
+                parts.append(((at_q, slice(base, base + sizes.chunk)), part))
+    return parts
 
 
 @pytest.mark.parametrize("is_q_outer", [False, True])

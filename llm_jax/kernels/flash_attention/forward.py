@@ -35,7 +35,7 @@ VMEM_LIMIT = 100 * _MIB
 
 
 # The tables of the visits, in the order in which the kernel takes them.
-_TABLES = ("start", "stop", "kv", "q_block", "first", "flags")
+_TABLES = ("start", "stop", "kv", "units", "q_block", "first", "flags")
 _Q_BLOCK, _FIRST = _TABLES.index("q_block"), _TABLES.index("first")
 
 
