@@ -100,7 +100,10 @@ def _walked(visits, sizes, b, num_keys):
             for base in tables["kv"][begin:end] * chunk:
                 assert origin <= base and base + sizes.kv <= origin + visits.span
                 parts += [
-                    (np.s_[r * tile : (r + 1) * tile, base + c * chunk : base + (c + 1) * chunk], part)
+                    (
+                        np.s_[r * tile : (r + 1) * tile, base + c * chunk : base + (c + 1) * chunk],
+                        part,
+                    )
                     for r, of_tile in enumerate(kind.pattern)
                     for c, part in enumerate(of_tile)
                     if part != forward_visits.SKIP
@@ -219,9 +222,28 @@ def test_work_is_in_proportion_to_what_is_open():
         assert work <= (band + 2 * diagonal) * 1.15
 
 
+def test_packed_documents_cost_what_they_visit():
+    """Units of 256 by 256, no more than a third beyond those with an open pair."""
+    sizes = blocks.for_device("TPU v6 lite", 128).forward
+    length, document = 4096, 512
+    ids = jnp.broadcast_to(jnp.arange(length) // document, (2, length))
+    mask = masks.causal() & masks.Segments(ids, ids)
+    visits = forward_visits.make_visits(mask, length, length, sizes)
+    counts = np.sum((visits.stop - visits.start).reshape(-1, len(visits.kinds)), 0)
+    units = sum(
+        n * np.size(kind.pattern) for n, kind in zip(counts.tolist(), visits.kinds, strict=True)
+    )
+    some = masks.block_bounds(mask, length, length, sizes.tile, sizes.chunk).some
+    assert units <= some.sum() * 4 / 3
+
+
 def test_sizes_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="kv by chunk"):
         forward_visits.Blocks(kv=1000)
+    with pytest.raises(ValueError, match="chunk \\* own"):
+        forward_visits.Blocks(own=3)
+    with pytest.raises(ValueError, match="span must"):
+        forward_visits.Blocks(span=512)
     with pytest.raises(ValueError, match="macro_k, open_k, masked_k"):
         backward_visits.Blocks(masked_k=384)
     with pytest.raises(ValueError, match="'GPU'.*TPU v5 lite"):

@@ -124,9 +124,7 @@ class _Visit:
         return tile.q
 
     def product(self, r: int, start):
-        return scores_lib.dot(
-            self.refs["k"][self.keys(start), :], self.query(r), ((1,), (1,))
-        )
+        return scores_lib.dot(self.refs["k"][self.keys(start), :], self.query(r), ((1,), (1,)))
 
     def transpose(self, r: int, c: int):
         """Where keys are seen by one visit alone, v^T is made by it, along with all else."""

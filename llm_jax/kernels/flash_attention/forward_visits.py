@@ -1,4 +1,8 @@
-"""Which blocks of keys each block of queries visits in the forward kernel, as tables of integers."""
+"""Which blocks of keys each block of queries visits in the forward kernel, as tables of integers.
+
+A visit's unit is a tile of queries by a chunk of keys, 256 by 256: the finest at which a mask is looked
+at, so what a mask costs is held against the units with an open pair, of its own and of the causal mask.
+"""
 
 import dataclasses
 from typing import Any
@@ -124,8 +128,8 @@ def fitted(
     blocks = blocks.fit(num_queries)
     if blocks.span is not None:
         return blocks
-    if masks.is_static(mask):
-        for q in (2 * blocks.q, blocks.q):
+    if masks.is_static(mask) and isinstance(q_offset, int):
+        for q in (2 * blocks.q, blocks.q) if 2 * blocks.q <= num_queries else (blocks.q,):
             band = dataclasses.replace(blocks, q=q)
             width, units = _band(mask, num_queries, num_keys, band, q_offset)
             if width <= num_keys // 2 and units <= _MAX_UNITS:
@@ -174,7 +178,9 @@ def make_visits(
     """
     classes = _classes(mask, num_queries, num_keys, blocks, q_offset)
     if isinstance(classes, np.ndarray) and classes.shape[0] == 1:
-        classes, found = _simplified(mask, classes[0], num_keys, blocks, q_offset)
+        classes, found = classes[0], ()
+        if masks.is_static(mask):
+            classes, found = _simplified(mask, classes, num_keys, blocks, q_offset)
         return dataclasses.replace(_static_visits(classes, num_keys, blocks), part_masks=found)
     hulls = _hulls(mask, num_queries, num_keys, blocks, q_offset)
     return _dynamic_visits(jnp.asarray(classes), num_keys, hulls, blocks)
@@ -343,8 +349,8 @@ def _dynamic_visits(
         for state, *ends, is_own in _DYNAMIC_KINDS
     )
     num_past = None if blocks.span is None else _num_past(steps, num_keys, blocks)
-    size = (blocks.span or span * blocks.chunk) // blocks.chunk * blocks.chunk
-    return Visits(*tables, *step_tables, kinds, size, num_past, rows > 1)
+    held = blocks.span or span * blocks.chunk
+    return Visits(*tables, *step_tables, kinds, held, num_past, rows > 1)
 
 
 # By pattern, first, last, own; in the order of execution.
