@@ -33,7 +33,7 @@ SIZES = [
     FORWARD,
     # A span at a time: of two visits, and of one.
     dataclasses.replace(FORWARD, span=8),
-    dataclasses.replace(FORWARD, kv=6, span=6),
+    dataclasses.replace(FORWARD, kv=6, span=6, own=3),
 ]
 
 
@@ -77,7 +77,7 @@ def _walked(visits, sizes, b, num_keys):
     """Returns, by block of queries, the ends of its visits and the parts: where, and which."""
     tables = {
         name: np.asarray(getattr(visits, name))
-        for name in ("start", "stop", "kv", "q_block", "first", "flags")
+        for name in ("start", "stop", "kv", "units", "q_block", "first", "flags")
     }
     found, num_kinds, chunk, tile = {}, len(visits.kinds), sizes.chunk, sizes.tile
     for step, i in enumerate(tables["q_block"].tolist()):
@@ -92,8 +92,11 @@ def _walked(visits, sizes, b, num_keys):
             begin, end = (tables[name][row * num_kinds + n] for name in ("start", "stop"))
             ends += [(kind.is_first, kind.is_last)] * (end - begin)
             # The kernel looks up the next visit before this one is over.
-            assert previous in (None, begin) or begin == end
+            assert previous in (None, begin) or begin == end or kind.is_own
             previous = end if end > begin else previous
+            if kind.is_own:
+                parts += _own_parts(visits, sizes, tables, origin, kind, range(begin, end))
+                continue
             for base in tables["kv"][begin:end] * chunk:
                 assert origin <= base and base + sizes.kv <= origin + visits.span
                 parts += [
@@ -106,6 +109,23 @@ def _walked(visits, sizes, b, num_keys):
                     if part != forward_visits.SKIP
                 ]
     return found
+
+
+def _own_parts(visits, sizes, tables, origin, kind, numbers):
+    """Returns the parts of visits in which each tile has its own chunks."""
+    number = forward_visits.per_word(visits.span // sizes.chunk)
+    words, bits = -(-sizes.own // number), 32 // number
+    parts = []
+    for n in numbers:
+        for r, of_tile in enumerate(kind.pattern):
+            for c, part in enumerate(of_tile):
+                word = int(tables["units"][(n * len(kind.pattern) + r) * words + c // number])
+                index = (word >> (c % number * bits)) & ((1 << bits) - 1)
+                base = origin + index * sizes.chunk
+                assert base + sizes.chunk <= origin + visits.span
+                at_q = slice(r * sizes.tile, (r + 1) * sizes.tile)
+                parts.append(((at_q, slice(base, base + sizes.chunk)), part))
+    return parts
 
 
 @pytest.mark.parametrize("is_q_outer", [False, True])
@@ -202,9 +222,28 @@ def test_work_is_in_proportion_to_what_is_open():
         assert work <= (band + 2 * diagonal) * 1.15
 
 
+def test_packed_documents_cost_what_they_visit():
+    """Units of 256 by 256, no more than a third beyond those with an open pair."""
+    sizes = blocks.for_device("TPU v6 lite", 128, 4096).forward
+    length, document = 4096, 512
+    ids = jnp.broadcast_to(jnp.arange(length) // document, (2, length))
+    mask = masks.causal() & masks.Segments(ids, ids)
+    visits = forward_visits.make_visits(mask, length, length, sizes)
+    counts = np.sum((visits.stop - visits.start).reshape(-1, len(visits.kinds)), 0)
+    units = sum(
+        n * np.size(kind.pattern) for n, kind in zip(counts.tolist(), visits.kinds, strict=True)
+    )
+    some = masks.block_bounds(mask, length, length, sizes.tile, sizes.chunk).some
+    assert units <= some.sum() * 4 / 3
+
+
 def test_sizes_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="kv by chunk"):
         forward_visits.Blocks(kv=1000)
+    with pytest.raises(ValueError, match="chunk \\* own"):
+        forward_visits.Blocks(own=3)
+    with pytest.raises(ValueError, match="span must"):
+        forward_visits.Blocks(span=512)
     with pytest.raises(ValueError, match="macro_k, open_k, masked_k"):
         backward_visits.Blocks(masked_k=384)
     with pytest.raises(ValueError, match="'GPU'.*TPU v5 lite"):

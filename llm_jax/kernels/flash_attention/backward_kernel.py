@@ -15,6 +15,7 @@ from llm_jax.kernels.flash_attention import scores as scores_lib
 _NT = ((1,), (1,))
 _NN = ((1,), (0,))
 
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the kernel knows when it is compiled.
@@ -258,7 +259,11 @@ def kernel(
 
     walk(Masking(False), blocks.open_unroll, column["open_start"], column["open_turns"])
     for n, mask in enumerate(part_masks):
-        unroll, turns, first = blocks.masked_unroll, column[f"masked_turns_{n}"], column[f"masked_start_{n}"]
+        unroll, turns, first = (
+            blocks.masked_unroll,
+            column[f"masked_turns_{n}"],
+            column[f"masked_start_{n}"],
+        )
         walk(Masking(True, mask), unroll, first, turns)
         if unroll > 1:
             walk(Masking(True, mask), 1, first + turns * unroll, column[f"masked_rest_{n}"])

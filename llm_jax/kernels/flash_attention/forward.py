@@ -1,4 +1,4 @@
-"""The forward kernel for TPUs: resident keys, transposed scores, visits by table.
+"""The forward kernel for TPUs: keys in VMEM, transposed scores, visits by table.
 
 After FlashAttention (Dao et al. 2022, algorithm 1) with its online softmax. Three choices make it fast:
 
@@ -8,7 +8,8 @@ After FlashAttention (Dao et al. 2022, algorithm 1) with its online softmax. Thr
    the matrix unit holds and the narrow `v^T` streams past: a head narrower than the unit wastes none
    of that product. `v^T` is made once for a key head.
 2. All keys and values of a head sit in VMEM (their block does not change with the queries), so a visit
-   is a turn of a loop and not a step of the grid.
+   is a turn of a loop and not a step of the grid. Where they do not fit, or a mask leaves a band of
+   them, a span of keys comes with each step, fetched during the step before; `v^T` is made of each.
 3. A visit is one basic block in which the order of emission is the software pipeline: scores of later
    tiles are issued before the softmax of this one, `p @ v` trails it, and scores pass through buffers
    of their own (as values, the compiler spills them in an order that takes the overlap away). The
@@ -35,7 +36,7 @@ VMEM_LIMIT = 100 * _MIB
 
 
 # The tables of the visits, in the order in which the kernel takes them.
-_TABLES = ("start", "stop", "kv", "q_block", "first", "flags")
+_TABLES = ("start", "stop", "kv", "units", "q_block", "first", "flags")
 _Q_BLOCK, _FIRST = _TABLES.index("q_block"), _TABLES.index("first")
 
 

@@ -55,9 +55,7 @@ class _Visit:
     def __init__(self, static: Static, kind: forward_visits.Kind, refs, n, place):
         self.static, self.blocks, self.refs, self.n = static, static.blocks, refs, n
         self.b, self.h, self.i, self.origin = place
-        self.pattern, self.is_first, self.is_last = kind
-        # Of the visit's keys, in the array; `origin` is the first one in VMEM.
-        self.base = self._base(n)
+        self.pattern, self.is_first, self.is_last, self.is_own = kind
         self.tiles, self.transposed = [_Tile() for _ in self.pattern], set()
         # Last tile first: it has most work at a causal edge, so the scores that the visit before
         # has issued for it are needed.
@@ -68,8 +66,25 @@ class _Visit:
             for r in self.order
         }
 
+        # The first keys of the chunks, in the array; `origin` is the first one in VMEM.
+        base = None if self.is_own else self._base(n)
+        self.starts = {
+            (r, c): self._own_start(r, c) if self.is_own else base + c * self.blocks.chunk
+            for r, of_tile in self.work.items()
+            for c in of_tile
+        }
+
     def _base(self, n):
         return self.refs["kv"][n] * self.blocks.chunk
+
+    def _own_start(self, r: int, c: int):
+        chunk, tiles, own = self.blocks.chunk, len(self.pattern), self.blocks.own
+        number = forward_visits.per_word(self.static.visits.span // chunk)
+        words = -(-own // number)
+        word = self.refs["units"][(self.n * tiles + r) * words + c // number]
+        bits = 32 // number
+        index = lax.shift_right_logical(word, c % number * bits) & ((1 << bits) - 1)
+        return self.origin + index * chunk
 
     def _next_base(self):
         """Where the next visit begins. If that is in another span its scores come to nothing here."""
@@ -82,14 +97,15 @@ class _Visit:
     def begin(self):
         """Issues the scores that a visit before this one would have issued."""
         for c in range(self.blocks.kv // self.blocks.chunk):
-            self.buffer(0, c)[...] = self.product(self.order[0], c, self.base)
+            start = self._base(self.n) + c * self.blocks.chunk
+            self.buffer(0, c)[...] = self.product(self.order[0], start)
 
     def queries(self, r: int) -> slice:
         return slice(r * self.blocks.tile, (r + 1) * self.blocks.tile)
 
-    def keys(self, c: int, base):
+    def keys(self, start):
         chunk = self.blocks.chunk
-        return pl.ds(pl.multiple_of(base - self.origin + c * chunk, chunk), chunk)
+        return pl.ds(pl.multiple_of(start - self.origin, chunk), chunk)
 
     def buffer(self, slot: int, c: int):
         rows = slice(c * self.blocks.chunk, (c + 1) * self.blocks.chunk)
@@ -107,29 +123,27 @@ class _Visit:
             tile.q = refs["q_scaled"][self.queries(r), :]
         return tile.q
 
-    def product(self, r: int, c: int, base):
-        return scores_lib.dot(
-            self.refs["k"][self.keys(c, base), :], self.query(r), ((1,), (1,))
-        )
+    def product(self, r: int, start):
+        return scores_lib.dot(self.refs["k"][self.keys(start), :], self.query(r), ((1,), (1,)))
 
-    def transpose(self, c: int):
+    def transpose(self, r: int, c: int):
         """Where keys are seen by one visit alone, v^T is made by it, along with all else."""
         if not self.static.is_seen_once or c in self.transposed:
             return
         self.transposed.add(c)
-        at = self.keys(c, self.base)
-        left = self.static.num_keys - self.base - c * self.blocks.chunk
+        start = self.starts[r, c]
+        at, left = self.keys(start), self.static.num_keys - start
         self.refs["v_t"][:, at] = _inside(self.static, self.refs["v"][at, :], left).T
 
     def scores(self, r: int, c: int):
         """Stage 1: the scores of a chunk into their buffer, and their maximum."""
-        self.transpose(c)
+        self.transpose(r, c)
         tile, is_masked = self.tiles[r], self.pattern[r][c] >= forward_visits.PART
         buffer, new = self.buffer(self.slot[r], c), None
-        if r == self.order[0] and not self.is_first:
+        if r == self.order[0] and not self.is_first and not self.is_own:
             x_SR = buffer[...]  # issued by the visit before, as they come
         else:
-            x_SR = new = self.product(r, c, self.base)
+            x_SR = new = self.product(r, self.starts[r, c])
         if is_masked or self.static.parts.changes_scores:
             x_SR = new = self.adjusted(x_SR, r, c, is_masked)
         if new is not None:
@@ -140,7 +154,7 @@ class _Visit:
     def indices(self, r: int, c: int):
         """Returns the places of a chunk's queries and keys in their arrays, int32 [keys, queries]."""
         shape = (self.blocks.chunk, self.blocks.tile)
-        k_index = self.base + c * self.blocks.chunk + lax.broadcasted_iota(jnp.int32, shape, 0)
+        k_index = self.starts[r, c] + lax.broadcasted_iota(jnp.int32, shape, 0)
         q_start = self.i * self.blocks.q + r * self.blocks.tile
         return q_start + lax.broadcasted_iota(jnp.int32, shape, 1), k_index
 
@@ -157,7 +171,7 @@ class _Visit:
             if operand.dims == "BT":
                 return ref[0, :, self.queries(r)]
             if operand.dims == "BS":
-                return scores_lib.column(ref[0, :, self.keys(c, self.base)])
+                return scores_lib.column(ref[0, :, self.keys(self.starts[r, c])])
             return ref[{"B": self.b, "H": self.h, "": 0}[operand.dims]]
 
         return scores_lib.rebuilt(self.static.parts, self.static.operands, piece)
@@ -217,7 +231,7 @@ class _Visit:
         """Stage 4: `v^T @ p^T`; after its last chunk the tile is done."""
         tile, at = self.tiles[r], self.queries(r)
         o_CR = scores_lib.dot(
-            self.refs["v_t"][:, self.keys(c, self.base)], tile.p.pop(c), ((1,), (0,))
+            self.refs["v_t"][:, self.keys(self.starts[r, c])], tile.p.pop(c), ((1,), (0,))
         )
         tile.o = o_CR if tile.o is None else tile.o + o_CR
         if c == self.work[r][-1]:
@@ -258,7 +272,7 @@ class _Visit:
                 self.idle(r)
         units = [(self.slot[r], c, r) for r in self.order for c in self.work[r]]
         feed = list(units)
-        if not self.is_last:
+        if not self.is_last and not self.is_own:
             feed += [(0, c, None) for c in range(self.blocks.kv // self.blocks.chunk)]
             next_base = self._next_base()
 
@@ -269,7 +283,8 @@ class _Visit:
         def issue(x: int) -> None:
             slot, c, r = feed[x]
             if r is None:
-                self.buffer(slot, c)[...] = self.product(self.order[0], c, next_base)
+                start = next_base + c * self.blocks.chunk
+                self.buffer(slot, c)[...] = self.product(self.order[0], start)
             else:
                 self.scores(r, c)
 
@@ -332,12 +347,13 @@ def kernel(*refs, static: Static, names: tuple[str, ...]):
         [refs[name][row * len(visits.kinds) + n] for name in ("start", "stop")]
         for n in range(len(visits.kinds))
     ]
+    shared = [x for kind, x in zip(visits.kinds, ends, strict=True) if not kind.is_own]
     if not is_whole:
 
-        @pl.when((flags & forward_visits.CONTINUES != 0) & (ends[0][0] < ends[-1][1]))
+        @pl.when((flags & forward_visits.CONTINUES != 0) & (shared[0][0] < shared[-1][1]))
         def _():
             kind = visits.kinds[0]._replace(is_first=False)
-            _Visit(static, kind, refs, ends[0][0], place).begin()
+            _Visit(static, kind, refs, shared[0][0], place).begin()
 
     for kind, (begin, end) in zip(visits.kinds, ends, strict=True):
 

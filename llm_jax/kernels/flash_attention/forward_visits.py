@@ -1,4 +1,8 @@
-"""Which blocks of keys each block of queries visits in the forward kernel, as tables of integers."""
+"""Which blocks of keys each block of queries visits in the forward kernel, as tables of integers.
+
+A visit's unit is a tile of queries by a chunk of keys, 256 by 256: the finest at which a mask is looked
+at, so what a mask costs is held against the units with an open pair, of its own and of the causal mask.
+"""
 
 import dataclasses
 from typing import Any
@@ -22,6 +26,7 @@ class Blocks:
       lag: units by which `p @ v` runs behind the softmax.
       slots: buffers of scores, each [kv, tile] in float32.
       span: keys that VMEM holds at once; None for all of them.
+      own: chunks that a tile sees in a visit where each has its own.
     """
 
     q: int = 2048
@@ -32,10 +37,13 @@ class Blocks:
     lag: int = 2
     slots: int = 2
     span: int | None = None
+    own: int = 2
 
     def __post_init__(self):
         if self.q % (self.tile * self.slots) or self.kv % self.chunk:
             raise ValueError(f"{self}: q must divide by tile * slots, and kv by chunk")
+        if (self.kv // self.chunk) % self.own:
+            raise ValueError(f"{self}: kv must divide by chunk * own")
         if self.span is not None and (self.span % self.chunk or self.span < self.kv):
             raise ValueError(f"{self}: span must divide by chunk and hold kv")
 
@@ -52,11 +60,13 @@ class Kind(NamedTuple):
       pattern: SKIP, OPEN (no mask arithmetic) or PART + n, where mask n decides, for each
         [tile][chunk].
       is_first, is_last: whether the visit begins and ends a block of queries.
+      is_own: whether each tile sees chunks of its own, from a list, all of them masked.
     """
 
     pattern: tuple[tuple[int, ...], ...]
     is_first: bool
     is_last: bool
+    is_own: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +81,8 @@ class Visits:
         A row is a step of one batch row, or of all (`is_per_row`).
       kv: int32, first keys of the visits in chunks; one more than are visited, so that there is always
         a next one.
+      units: int32, for visits in which tiles have chunks of their own: `start` and `stop` count them
+        from 0, and here, tile by tile, are the chunks, counted in the span, `per_word` in a number.
       q_block: int32 [steps].
       first: int32 [steps], the span's first key in chunks.
       flags: int32 [steps], of `NEW_SPAN`, `NEW_HEAD` and `CONTINUES`.
@@ -84,6 +96,7 @@ class Visits:
     start: Any
     stop: Any
     kv: Any
+    units: Any
     q_block: Any
     first: Any
     flags: Any
@@ -92,6 +105,11 @@ class Visits:
     num_past: int | None = dataclasses.field(metadata={"static": True})
     is_per_row: bool = dataclasses.field(metadata={"static": True})
     part_masks: tuple[masks.Mask, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+
+def per_word(num_chunks: int) -> int:
+    """Returns how many numbers of chunks of a span an integer of `Visits.units` holds."""
+    return 4 if num_chunks <= 256 else 2
 
 
 # What a step is: its span differs from that of the step before, or only its head does; it goes on with
@@ -110,12 +128,12 @@ def fitted(
     blocks = blocks.fit(num_queries)
     if blocks.span is not None:
         return blocks
-    if masks.is_static(mask):
-        for q in (2 * blocks.q, blocks.q):
+    if masks.is_static(mask) and isinstance(q_offset, int):
+        for q in (2 * blocks.q, blocks.q) if 2 * blocks.q <= num_queries else (blocks.q,):
             band = dataclasses.replace(blocks, q=q)
             width, units = _band(mask, num_queries, num_keys, band, q_offset)
             if width <= num_keys // 2 and units <= _MAX_UNITS:
-                return dataclasses.replace(band, kv=width, span=width)
+                return dataclasses.replace(band, kv=width, span=width, own=1)
     lo, hi = _hulls(mask, num_queries, num_keys, blocks, q_offset)
     width = int((hi - lo).max()) * blocks.chunk
     if width > num_keys // 2:
@@ -160,7 +178,9 @@ def make_visits(
     """
     classes = _classes(mask, num_queries, num_keys, blocks, q_offset)
     if isinstance(classes, np.ndarray) and classes.shape[0] == 1:
-        classes, found = _simplified(mask, classes[0], num_keys, blocks, q_offset)
+        classes, found = classes[0], ()
+        if masks.is_static(mask):
+            classes, found = _simplified(mask, classes, num_keys, blocks, q_offset)
         return dataclasses.replace(_static_visits(classes, num_keys, blocks), part_masks=found)
     hulls = _hulls(mask, num_queries, num_keys, blocks, q_offset)
     return _dynamic_visits(jnp.asarray(classes), num_keys, hulls, blocks)
@@ -245,7 +265,7 @@ def _static_visits(classes: np.ndarray, num_keys: int, blocks: Blocks) -> Visits
             start.append(len(kv))
             kv += [j for j, other in row if rename[other] == kind]
             stop.append(len(kv))
-    tables = [np.asarray(x, np.int32) for x in (start, stop, [*kv, 0])]
+    tables = [np.asarray(x, np.int32) for x in (start, stop, [*kv, 0], [0])]
     tables += _step_tables([step[:2] for step in steps])
     if blocks.span is None:
         return Visits(*tables, tuple(kinds), (max(kv) + width) * blocks.chunk, None, False)
@@ -285,7 +305,11 @@ def _step_tables(steps: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, 
 def _dynamic_visits(
     classes: jax.Array, num_keys: int, hulls: tuple[np.ndarray, np.ndarray], blocks: Blocks
 ) -> Visits:
-    """Tables of a mask that is data: six bodies, of blocks wholly open or masked throughout."""
+    """Tables of a mask that is data.
+
+    Blocks that are open to all queries are visited by all. Of what is left, partly open, each tile has
+    a list, so that it sees its own chunks alone.
+    """
     rows, num_q, num_tiles, num_chunks = classes.shape
     width = blocks.kv // blocks.chunk
     if blocks.span is None:
@@ -293,56 +317,88 @@ def _dynamic_visits(
     else:
         span = blocks.span // blocks.chunk // width * width
         steps = [(i, x) for i, (lo, hi) in enumerate(zip(*hulls)) for x in range(lo, hi, span)]
-    tables = q_block, first, flags = _step_tables(steps)
-    begins = first[:, None] + np.arange(0, span, width)
-    at = np.minimum(begins[..., None] + np.arange(width), num_chunks)
+    step_tables = q_block, first, _ = _step_tables(steps)
+    at = np.minimum(first[:, None] + np.arange(span), num_chunks)
     classes = jnp.pad(classes, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=SKIP)
-    classes = jnp.moveaxis(classes, 3, 2)[:, q_block[:, None, None], at]  # rows, steps, visits, ...
-    is_first = np.diff(q_block, prepend=-1) != 0
-    is_last = np.diff(q_block, append=-1) != 0
-    kind = _kinds(classes.reshape(rows, *begins.shape, -1), is_first, is_last)
-    kind = kind.reshape(rows * len(steps), -1)
-    order = jnp.argsort(kind, axis=1, stable=True)
-    kv = jnp.take_along_axis(jnp.tile(begins, (rows, 1)), order, 1)
-    count = jnp.sum(kind[:, :, None] == jnp.arange(len(_DYNAMIC_KINDS)), 1)
-    stop = jnp.cumsum(count, 1) + jnp.arange(len(kind))[:, None] * kind.shape[1]
-    start, stop, kv = (x.reshape(-1).astype(jnp.int32) for x in (stop - count, stop, kv))
-    kinds = tuple(
-        Kind(((state,) * width,) * num_tiles, *ends) for state, *ends in _DYNAMIC_KINDS
+    classes = jnp.moveaxis(classes, 3, 2)[:, q_block[:, None], at]  # rows, steps, chunks, tiles
+    classes = classes.reshape(rows * len(steps), -1, width, num_tiles)
+    is_first, is_last = (np.tile(x, rows) for x in _ends(q_block))
+    is_open, is_needed = _shares(classes, is_last)
+
+    rank = jnp.where(is_needed, 0, jnp.where(is_open[..., None, None], 2, 1))
+    order = jnp.argsort(rank.reshape(len(is_open), span, num_tiles), axis=1, stable=True)
+    longest = jnp.max(jnp.sum(is_needed, (1, 2)), 1)
+    num_open, num_own = jnp.sum(is_open, 1), -(-longest // blocks.own)
+    num_own = jnp.maximum(num_own, is_last | is_first & (num_open == 0))
+    counts = _counts(num_open, num_own, is_first, is_last)
+    row = np.arange(len(is_open))[:, None]
+    stop = jnp.concatenate(
+        [
+            row * (span // width) + jnp.cumsum(counts[:, :2], 1),
+            row * (span // blocks.own) + jnp.cumsum(counts[:, 2:], 1),
+        ],
+        1,
     )
-    tables = [start, stop, jnp.append(kv, 0), *tables]
-    if blocks.span is None:
-        return Visits(*tables, kinds, span * blocks.chunk, None, rows > 1)
-    return Visits(*tables, kinds, blocks.span, _num_past(steps, num_keys, blocks), rows > 1)
+    begins = np.tile(first, rows)[:, None] + np.arange(0, span, width)
+    begins = jnp.take_along_axis(begins, jnp.argsort(~is_open, axis=1, stable=True), 1)
+    kv = jnp.append(begins, 0)
+    tables = (stop - counts, stop, kv, _packed(order, blocks.own))
+    tables = [x.reshape(-1).astype(jnp.int32) for x in tables]
+    kinds = tuple(
+        Kind(((state,) * (blocks.own if is_own else width),) * num_tiles, *ends, is_own)
+        for state, *ends, is_own in _DYNAMIC_KINDS
+    )
+    num_past = None if blocks.span is None else _num_past(steps, num_keys, blocks)
+    held = blocks.span or span * blocks.chunk
+    return Visits(*tables, *step_tables, kinds, held, num_past, rows > 1)
 
 
-# Open blocks before the others: what begins a block of queries is open where possible.
+# By pattern, first, last, own; in the order of execution.
 _DYNAMIC_KINDS = (
-    (OPEN, True, False),
-    (PART, True, False),
-    (OPEN, False, False),
-    (PART, False, False),
-    (PART, False, True),
-    (PART, True, True),
+    (OPEN, True, False, False),
+    (OPEN, False, False, False),
+    (PART, True, False, True),
+    (PART, False, False, True),
+    (PART, False, True, True),
+    (PART, True, True, True),
 )
 
 
-def _kinds(classes: jax.Array, is_first: np.ndarray, is_last: np.ndarray) -> jax.Array:
-    """Returns which of `_DYNAMIC_KINDS` each visit is, their number for one that is left out.
+def _ends(q_block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns whether steps begin and end a block of queries."""
+    return np.diff(q_block, prepend=-1) != 0, np.diff(q_block, append=-1) != 0
+
+
+def _shares(classes: jax.Array, is_last: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Returns which blocks of keys all tiles visit, and what tiles visit on their own.
 
     Args:
-      classes: [rows, steps, visits, units].
-      is_first, is_last: [steps], whether a step begins and ends a block of queries.
+      classes: [steps, visits, chunks, tiles].
+      is_last: [steps]; such a step ends with chunks of tiles: with open ones if there are no others.
     """
-    some, is_open = jnp.any(classes != SKIP, -1), jnp.all(classes == OPEN, -1)
-    # A step that begins or ends a block of queries does so with a visit, all of it masked perhaps.
-    is_needed = (is_first | is_last)[:, None] & (np.arange(some.shape[2]) == 0)
-    some |= is_needed & ~jnp.any(some, 2, keepdims=True)
-    rank = jnp.where(some, jnp.where(is_open, 0, 1), 2)
-    place = jnp.argsort(jnp.argsort(rank, axis=2, stable=True), axis=2)
-    first = is_first[:, None] & (place == 0)
-    last = is_last[:, None] & (place == jnp.sum(some, 2, keepdims=True) - 1)
-    kind = jnp.where(is_open, 2, 3)
-    kind = jnp.where(first, jnp.where(is_open, 0, 1), kind)
-    kind = jnp.where(last, jnp.where(first, 5, 4), kind)
-    return jnp.where(some, kind, len(_DYNAMIC_KINDS))
+    is_open = jnp.all(classes == OPEN, (2, 3))
+    has_rest = jnp.any((classes != SKIP) & ~is_open[..., None, None], (1, 2, 3))
+    number = np.arange(is_open.shape[1])
+    final = jnp.max(jnp.where(is_open, number, -1), 1)
+    is_open &= ~((is_last & ~has_rest)[:, None] & (number == final[:, None]))
+    return is_open, (classes != SKIP) & ~is_open[..., None, None]
+
+
+def _counts(num_open, num_own, is_first: np.ndarray, is_last: np.ndarray) -> jax.Array:
+    """Returns the number of visits of each of `_DYNAMIC_KINDS`, [steps, kinds]."""
+    opens = is_first & (num_open > 0)
+    begins, ends = is_first & ~opens, is_last
+    is_single = begins & ends & (num_own == 1)
+    begins, ends = begins & ~is_single, ends & ~is_single
+    between = num_own - begins - ends - is_single
+    return jnp.stack([opens, num_open - opens, begins, between, ends, is_single], 1)
+
+
+def _packed(order: jax.Array, own: int) -> jax.Array:
+    """Returns `Visits.units` of the chunks of each step, [steps, chunks, tiles]."""
+    steps, num_chunks, num_tiles = order.shape
+    number = per_word(num_chunks)
+    order = order.reshape(steps, -1, own, num_tiles).swapaxes(2, 3)
+    order = jnp.pad(order, ((0, 0),) * 3 + ((0, -own % number),))
+    order = order.reshape(*order.shape[:3], -1, number)
+    return jnp.sum(order << (np.arange(number) * (32 // number)), -1)
