@@ -81,7 +81,7 @@ CASES = {
 }
 
 
-NOT_IN_KERNELS = ("t5", "one_way_t5", "array", "shared_array")
+NOT_IN_KERNELS = ("array", "shared_array")
 
 
 def _case(changes, num_queries=T, value_width=C, dropout=None):

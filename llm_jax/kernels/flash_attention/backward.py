@@ -26,6 +26,8 @@ import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import backward_kernel
 from llm_jax.kernels.flash_attention import backward_visits
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 
@@ -54,6 +56,9 @@ def _specs(
     def of_statistic(b, h, x, g, *tables):
         return (b, h * group + g, value(tables, "q_block", b, x), 0, 0)
 
+    def of_head(b, h, x, g, *tables):
+        return (h * group + g, 0, 0)
+
     def of_dq(b, h, x, g, *tables):
         # A block keeps its place in VMEM until the index moves on: it waits at the head that writes
         # first, or, when all are written, stays at the last.
@@ -68,8 +73,15 @@ def _specs(
     k, v = (pl.BlockSpec(shape(blocks.macro_k, width), of_key) for width in (C, Cv))
     specs = {"q_in": q, "do_in": do, "k_in": k, "v_in": v, "lse": statistic, "delta": statistic}
     specs |= {"dq": pl.BlockSpec(shape(blocks.macro_q, C), of_dq), "dk": k, "dv": v}
+    if plan.has_dbias:
+        for n, term in enumerate(plan.parts.bias):
+            shape = (None, None, group, *term.sums_shape)
+            specs[f"dbias_{n}"] = pl.BlockSpec(shape, lambda b, h, *_: (b, h, 0, 0, 0, 0))
     for operand in plan.operands:
         name, dims = operand.name, operand.dims
+        if dims == "HNX":
+            specs[name] = pl.BlockSpec((None, *operand.shape[1:]), of_head)
+            continue
         if dims not in ("BT", "BS"):
             specs[name] = pl.BlockSpec(memory_space=pltpu.SMEM)
             continue
@@ -101,6 +113,10 @@ def _scratch(plan: backward_kernel.Plan, dtype: Any, C: int, Cv: int) -> dict[st
         found["do_t"] = (num_q, Cv, blocks.masked_q), dtype
     else:
         found["q_scaled"] = (blocks.macro_q, C), dtype
+    for n, term in enumerate(plan.parts.bias or ()):
+        found[f"bias_tiles_{n}"] = term.tiles_shape, jnp.float32
+        if plan.has_dbias:
+            found[f"bias_sums_{n}"] = term.tiles_shape, jnp.float32
     return {name: pltpu.VMEM(*shape) for name, shape in found.items()}
 
 
@@ -181,8 +197,8 @@ def attention(
     blocks: backward_visits.Blocks,
     q_offset: jax.Array | int = 0,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of queries, keys and values, in their shapes and dtypes.
+) -> tuple[jax.Array, jax.Array, jax.Array, biases.Relative | None]:
+    """Returns the gradients of queries, keys and values, in their shapes and dtypes, and of a table.
 
     Args:
       q_BHTC, k_BKSC, v_BKSC: heads before lengths; H is a multiple of K.
@@ -201,7 +217,14 @@ def attention(
     def turned(x):
         return jnp.swapaxes(x, 2, 3) if is_c_first else x
 
-    given = scores_lib.operands(parts, H)
+    bias = parts.bias
+    if bias is not None:
+        shapes = dict.fromkeys(
+            ((blocks.open_k, blocks.open_q), (blocks.masked_k, blocks.masked_q))
+        )
+        terms = (diagonals.make(bias, parts.mask, shape, q_offset) for shape in shapes)
+        parts = dataclasses.replace(parts, bias=tuple(terms))
+    given = scores_lib.operands(parts)
     arrays = {"q_in": q_BHTC, "k_in": k_BKSC, "v_in": v_BKSC, "do_in": dy_BHTC}
     arrays = {name: turned(x) for name, x in arrays.items()}
     outs = {
@@ -210,24 +233,34 @@ def attention(
     }
     for name, x_BHT in (("lse", lse_BHT * scores_lib.LOG2E), ("delta", delta_BHT)):
         arrays[name] = _in_pieces(x_BHT, blocks.masked_q, blocks.macro_q)
+    has_dbias = isinstance(bias, biases.Relative)
+    if has_dbias:
+        for n, term in enumerate(parts.bias):
+            shape = (q_BHTC.shape[0], K, H // K, *term.sums_shape)
+            outs[f"dbias_{n}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     for operand in given:
         sizes = {
             "BT": (blocks.masked_q, blocks.macro_q),
             "BS": (blocks.masked_k, blocks.macro_k),
         }
         array = jnp.asarray(operand.array)
+        if operand.dims == "HNX":
+            arrays[operand.name] = array
+            continue
         is_vector = operand.dims in sizes
         arrays[operand.name] = (
             _in_pieces(array, *sizes[operand.dims]) if is_vector else array.reshape(-1)
         )
     bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
-    plan = backward_kernel.Plan(blocks, shell, bare, T, S, H // K, is_c_first, True, True)
+    plan = backward_kernel.Plan(
+        blocks, shell, bare, T, S, H // K, is_c_first, True, True, has_dbias
+    )
     runs = [(plan, list(outs))]
     if not _fits_at_once(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize):
         runs = [
-            (dataclasses.replace(plan, has_dq=False), ["dk", "dv"]),
-            (dataclasses.replace(plan, has_dkv=False), ["dq"]),
+            (dataclasses.replace(plan, has_dq=False), [name for name in outs if name != "dq"]),
+            (dataclasses.replace(plan, has_dkv=False, has_dbias=False), ["dq"]),
         ]
     found = {}
     for part, names in runs:
@@ -235,5 +268,9 @@ def attention(
             parts.mask, T, S, blocks, q_offset, is_q_outer=not part.has_dkv
         )
         found |= run(part, visits, arrays, {name: outs[name] for name in names}, interpret)
-    dq, dk, dv = (turned(found[name]) for name in outs)
-    return dq, dk, dv
+    dq, dk, dv = (turned(found[name]) for name in ("dq", "dk", "dv"))
+    dbias = None
+    if has_dbias:
+        sums = [jnp.sum(found[f"dbias_{n}"], 0) for n in range(len(parts.bias))]
+        dbias = diagonals.gradient(bias, sums, parts.bias, q_offset)
+    return dq, dk, dv, dbias

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import backward_visits
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 _NT = ((1,), (1,))
@@ -33,7 +34,7 @@ class Plan:
 
     Attributes:
       is_c_first: arrays are [C, T].
-      has_dq, has_dkv: which gradients this run makes.
+      has_dq, has_dkv, has_dbias: which gradients this run makes.
     """
 
     blocks: backward_visits.Blocks
@@ -45,6 +46,7 @@ class Plan:
     is_c_first: bool
     has_dq: bool
     has_dkv: bool
+    has_dbias: bool
 
     @property
     def is_ragged(self) -> bool:
@@ -55,6 +57,10 @@ class Plan:
         """Masked tiles in a macro block: the unit in which [C, T] arrays are cut."""
         blocks = self.blocks
         return blocks.macro_q // blocks.masked_q, blocks.macro_k // blocks.masked_k
+
+    def bias_index(self, is_masked: bool) -> int:
+        """Which of `parts.bias` is that of open or of masked tiles; one serves both, if equal."""
+        return len(self.parts.bias) - 1 if is_masked else 0
 
 
 def _rows(start, unit: int, size: int):
@@ -101,15 +107,22 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
             return _wide(ref, i, num_q)
         if operand.dims == "BS":
             return scores_lib.column(_wide(ref, j, num_k))
+        if operand.dims == "HNX":
+            return ref
         return ref[{"B": b, "H": head, "": 0}[operand.dims]]
 
     q_index = q_start + lax.broadcasted_iota(jnp.int32, s_ST.shape, 1)
     k_index = k_start + lax.broadcasted_iota(jnp.int32, s_ST.shape, 0)
     parts = scores_lib.rebuilt(plan.parts, list(plan.operands), piece)
-    t, slope = parts.slots(q_index), None
-    if parts.changes_scores:
-        s_ST, slope = parts.changed(s_ST, t, k_index)
-        s_ST *= scores_lib.LOG2E
+    t = parts.slots(q_index)
+    s_ST, slope = parts.capped(s_ST)
+    if parts.bias is not None:
+        index = plan.bias_index(is_masked)
+        term = parts.bias[index]
+        nearest, steps_past = term.place(q_start, k_start)
+        s_ST += refs[f"bias_tiles_{index}"][nearest]
+        if term.slopes_H is not None:
+            lse_1T -= term.shift(steps_past)
     p_ST = jnp.exp2(s_ST - lse_1T)
     if is_masked:  # probabilities, not scores: a query that sees no key has no logsumexp to trust
         is_allowed = parts.mask.allowed(t, k_index)
@@ -123,6 +136,8 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
         )
         dropped_ST, dp_ST = p_ST * factors_ST, dp_ST * factors_ST
     ds_ST = p_ST * (dp_ST - delta_1T)
+    if plan.has_dbias:
+        refs[f"bias_sums_{index}"][nearest] += ds_ST
     if slope is not None:
         ds_ST *= slope
     dropped_ST, ds_ST = dropped_ST.astype(q.dtype), ds_ST.astype(q.dtype)
@@ -198,6 +213,34 @@ def _load(plan: Plan, refs, flags, g, place, dq_at) -> None:
             refs["q_scaled"][n * blocks.masked_q : (n + 1) * blocks.masked_q, :] = q
 
 
+def _load_bias(plan: Plan, refs, is_fresh, is_first) -> None:
+    """Makes the tiles of the bias of a head, and clears the sums of its gradient."""
+
+    @pl.when(is_fresh)
+    def _():
+        for index, term in enumerate(plan.parts.bias):
+            for n in range(term.count):
+                values_1X = refs[term.values_HNX][n : n + 1, :]
+                refs[f"bias_tiles_{index}"][n] = diagonals.tile(values_1X, term.num_queries)
+            if plan.has_dbias:
+                sums = refs[f"bias_sums_{index}"]
+                sums[...] = jnp.zeros_like(sums)
+
+    if plan.has_dbias:
+
+        @pl.when(is_first)
+        def _():
+            for index in range(len(plan.parts.bias)):
+                found = refs[f"dbias_{index}"]
+                found[...] = jnp.zeros_like(found)
+
+
+def _store_bias(plan: Plan, refs, g) -> None:
+    for index, term in enumerate(plan.parts.bias):
+        for n in range(term.count):
+            refs[f"dbias_{index}"][g, n] += diagonals.summed(refs[f"bias_sums_{index}"][n])
+
+
 def _store(plan: Plan, refs, flags, g, dq_at) -> None:
     """Gradients leave as they are complete; factors that all elements share are applied here, once."""
     blocks, (num_q, num_k) = plan.blocks, plan.pieces
@@ -244,6 +287,10 @@ def kernel(*refs, plan: Plan, names: tuple[str, ...], row_visits: int):
     if not plan.is_c_first:
         refs |= {"k": refs["k_in"], "v": refs["v_in"], "do": refs["do_in"]}
     _load(plan, refs, column["flags"], g, place, dq_at)
+    if plan.parts.bias is not None:
+        # Heads of a group take turns at every visit; one alone keeps its tiles through all of them.
+        is_shared = plan.group > 1
+        _load_bias(plan, refs, (visit == 0) | is_shared, (visit == 0) & (g == 0))
 
     def turn(is_masked, count, first, n, _):
         for m in range(count):
@@ -259,3 +306,6 @@ def kernel(*refs, plan: Plan, names: tuple[str, ...], row_visits: int):
     if unroll > 1:
         walk(True, 1, column["masked_start"] + turns * unroll, column["masked_rest"])
     _store(plan, refs, column["flags"], g, dq_at)
+    if plan.has_dbias:
+        is_last = visit == pl.num_programs(2) - 1
+        pl.when(is_last | is_shared)(functools.partial(_store_bias, plan, refs, g))

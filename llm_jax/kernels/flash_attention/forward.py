@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_kernel
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import scores as scores_lib
@@ -38,12 +39,16 @@ def _operand_spec(operand: scores_lib.Operand, q_block: int, keys: int) -> pl.Bl
         return pl.BlockSpec((1, 1, q_block), lambda b, h, i, *_: (b, 0, i))
     if operand.dims == "BS":
         return pl.BlockSpec((1, 1, keys), lambda b, h, i, *_: (b, 0, 0))
+    if operand.dims == "HNX":
+        return pl.BlockSpec((1, *operand.shape[1:]), lambda b, h, i, *_: (h, 0, 0))
     return pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _as_argument(operand: scores_lib.Operand) -> jax.Array:
-    """Returns an operand in the shape that a kernel takes: [B, 1, T or S], [B], [H] or [1]."""
+    """Returns an operand in the shape that a kernel takes: [B, 1, T or S], [B], [H], [H, N, X], [1]."""
     array = operand.array
+    if operand.dims == "HNX":
+        return array
     return array[:, None, :] if operand.dims in ("BT", "BS") else array.reshape(-1)
 
 
@@ -64,15 +69,19 @@ def _specs(blocks, C: int, Cv: int, keys: int, group: int, given) -> dict[str, p
     return specs | {operand.name: _operand_spec(operand, blocks.q, keys) for operand in given}
 
 
-def _scratch(blocks, C: int, Cv: int, keys: int, dtype) -> dict[str, tuple]:
-    return {
+def _scratch(blocks, C: int, Cv: int, keys: int, dtype, parts) -> dict[str, tuple]:
+    num_ones = 0 if parts.dropout is not None else forward_kernel.ONES
+    found = {
         "q_scaled": ((blocks.q, C), dtype),
-        "v_t": ((Cv, keys), dtype),
+        "v_t": ((Cv + num_ones, keys), dtype),
         "m": ((1, blocks.q), jnp.float32),
         "l": ((1, blocks.q), jnp.float32),
         "o_t": ((Cv, blocks.q), jnp.float32),
         "scores": ((blocks.slots, blocks.kv, blocks.tile), jnp.float32),
     }
+    if parts.bias is not None:
+        found["bias_tiles"] = (parts.bias[0].tiles_shape, jnp.float32)
+    return found
 
 
 def attention(
@@ -84,6 +93,7 @@ def attention(
     visits: forward_visits.Visits,
     blocks: forward_visits.Blocks,
     sinks_H: jax.Array | None = None,
+    q_offset: jax.Array | int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the kernel on one device.
@@ -94,6 +104,7 @@ def attention(
       visits: from `forward_visits.make_visits`, with the same mask and blocks.
       blocks: fitted to T.
       sinks_H: float32.
+      q_offset: the same slot as in `parts`.
       interpret: run on any platform, slowly.
 
     Returns:
@@ -103,7 +114,11 @@ def attention(
     B, H, T, C = q_BHTC.shape
     K, S, Cv = v_BKSC.shape[1:]
     group, keys = H // K, -(-S // blocks.kv) * blocks.kv
-    given = scores_lib.operands(parts, H)
+    if parts.bias is not None:
+        shape = (blocks.chunk, blocks.tile)
+        terms = (diagonals.make(parts.bias, parts.mask, shape, q_offset),)
+        parts = dataclasses.replace(parts, bias=terms)
+    given = scores_lib.operands(parts)
     specs = _specs(blocks, C, Cv, keys, group, given)
     arguments = [q_BHTC, k_BKSC, v_BKSC, *(_as_argument(operand) for operand in given)]
     if sinks_H is not None:
@@ -113,7 +128,7 @@ def attention(
         "o": pl.BlockSpec((1, 1, blocks.q, Cv), lambda b, h, i, *_: (b, h, i, 0)),
         "lse": pl.BlockSpec((1, 1, 1, blocks.q), lambda b, h, i, *_: (b, h, 0, i)),
     }
-    scratch = _scratch(blocks, C, Cv, keys, q_BHTC.dtype)
+    scratch = _scratch(blocks, C, Cv, keys, q_BHTC.dtype, parts)
     # The operands' arrays are arguments of the call; the kernel's body must not close over them.
     bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)

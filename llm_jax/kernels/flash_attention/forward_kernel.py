@@ -7,6 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
@@ -14,6 +15,9 @@ from llm_jax.kernels.flash_attention import scores as scores_lib
 EMPTY = -1e30
 # Score of a masked pair, so much lower that exp2(MASKED - EMPTY) is 0: such a query sums to 0.
 _MASKED = -3e38
+# Rows of ones below v^T, as many as a register of bfloat16 has: their product with the probabilities is
+# the sum of those, which the matrix unit has room for and the vector unit has not.
+ONES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Static:
     operands: tuple[scores_lib.Operand, ...]
     num_keys: int
     group: int
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether scores are changed before the softmax, apart from scale and mask."""
+        return self.parts.softcap is not None or self.parts.bias is not None
 
 
 class _Tile:
@@ -93,11 +102,14 @@ class _Visit:
             x_SR = buffer[...]  # issued by the visit before, as they come
         else:
             x_SR = new = self.product(r, c, self.base)
-        if is_masked or self.static.parts.changes_scores:
+        if is_masked or self.static.changes_scores:
             x_SR = new = self.adjusted(x_SR, r, c, is_masked)
         if new is not None:
             buffer[...] = new
         top = jnp.max(x_SR, axis=0, keepdims=True)
+        shift = self.shift(r, c)
+        if shift is not None:
+            top += shift
         tile.m = top if tile.m is None else jnp.maximum(tile.m, top)
 
     def indices(self, r: int, c: int):
@@ -116,23 +128,39 @@ class _Visit:
                 return ref[0, :, self.queries(r)]
             if operand.dims == "BS":
                 return scores_lib.column(ref[0, :, self.keys(c, self.base)])
+            if operand.dims == "HNX":
+                return ref
             return ref[{"B": self.b, "H": self.h, "": 0}[operand.dims]]
 
         return scores_lib.rebuilt(self.static.parts, self.static.operands, piece)
 
     def adjusted(self, x_SR, r: int, c: int, is_masked: bool):
         """Returns scores, to the base 2, after soft-cap, bias and, in masked parts, the mask."""
-        q_index, s = self.indices(r, c)
         parts = self.parts(r, c)
-        t = parts.slots(q_index)
-        if parts.changes_scores:
-            x_SR = parts.changed(x_SR, t, s)[0] * scores_lib.LOG2E
+        x_SR, _ = parts.capped(x_SR)
+        if parts.bias is not None:
+            x_SR += self.refs["bias_tiles"][self.bias_place(parts, r, c)[0]]
         if not is_masked:
             return x_SR
+        q_index, s = self.indices(r, c)
+        t = parts.slots(q_index)
         is_allowed = parts.mask.allowed(t, s)
         if self.static.num_keys % self.blocks.kv:  # keys past the end hold anything, NaN too
             is_allowed &= s < self.static.num_keys
         return jnp.where(is_allowed, x_SR, _MASKED)
+
+    def bias_place(self, parts, r: int, c: int):
+        """Returns which tile of the bias a chunk needs, and how many steps past it the chunk lies."""
+        q_start = self.i * self.blocks.q + r * self.blocks.tile
+        return parts.bias[0].place(q_start, self.base + c * self.blocks.chunk)
+
+    def shift(self, r: int, c: int):
+        """Returns what the scores of a whole chunk lack, a scalar, or None for nothing."""
+        parts = self.static.parts
+        if parts.bias is None or parts.bias[0].slopes_H is None:
+            return None
+        parts = self.parts(r, c)
+        return parts.bias[0].shift(self.bias_place(parts, r, c)[1])
 
     def before(self):
         """Maximum and sum before the first key: of nothing, or of the sink, a key without a value."""
@@ -152,16 +180,21 @@ class _Visit:
 
     def softmax(self, r: int, c: int):
         """Stage 3: the probabilities of a chunk."""
-        tile, at = self.tiles[r], self.queries(r)
-        p_SR = jnp.exp2(self.buffer(self.slot[r], c)[...] - tile.m)
-        total = jnp.sum(p_SR, axis=0, keepdims=True)
-        tile.l = total if tile.l is None else tile.l + total
+        tile, shift = self.tiles[r], self.shift(r, c)
+        top = tile.m if shift is None else tile.m - shift
+        p_SR = jnp.exp2(self.buffer(self.slot[r], c)[...] - top)
         if self.static.parts.dropout is not None:
             q_index, k_index = self.indices(r, c)
             parts = self.parts(r, c)
+            self.add_sum(r, c, jnp.sum(p_SR, axis=0, keepdims=True))
             row, head = self.b + parts.row_offset, self.h + parts.head_offset
             p_SR *= parts.dropout.factors(row, head, q_index, k_index)
         tile.p[c] = p_SR.astype(self.refs["v"].dtype)
+
+    def add_sum(self, r: int, c: int, total_1R):
+        """Adds the sum of the probabilities of a chunk, before dropout."""
+        tile, at = self.tiles[r], self.queries(r)
+        tile.l = total_1R if tile.l is None else tile.l + total_1R
         if c == self.work[r][-1]:
             if tile.alpha is not None:
                 old = self.before()[1] if self.is_first else self.refs["l"][:, at]
@@ -175,6 +208,10 @@ class _Visit:
         o_CR = scores_lib.dot(
             self.refs["v_t"][:, self.keys(c, self.base)], tile.p.pop(c), ((1,), (0,))
         )
+        if self.static.parts.dropout is None:  # the sum is the product with the rows of ones
+            width = self.refs["o"].shape[-1]
+            self.add_sum(r, c, o_CR[width : width + 1])
+            o_CR = o_CR[:width]
         tile.o = o_CR if tile.o is None else tile.o + o_CR
         if c == self.work[r][-1]:
             if not self.is_first:
@@ -250,14 +287,20 @@ class _Visit:
 
 
 def _transpose_values(v_ref, vt_ref, block: int, num_keys: int) -> None:
-    """Makes v^T of a key head, zero past the end: a zero probability times NaN is NaN."""
+    """Makes v^T of a key head, zero past the end: a zero probability times NaN is NaN.
+
+    Ones below it, if there are rows for them.
+    """
+    width = v_ref.shape[-1]
+    if vt_ref.shape[0] > width:
+        vt_ref[width:, :] = jnp.ones((vt_ref.shape[0] - width, vt_ref.shape[1]), vt_ref.dtype)
 
     def move(base, num_rows):
         v_SC = v_ref[0, 0, pl.ds(base, block), :]
         if num_rows < block:
             is_inside = lax.broadcasted_iota(jnp.int32, v_SC.shape, 0) < num_rows
             v_SC = jnp.where(is_inside, v_SC, jnp.zeros_like(v_SC))
-        vt_ref[:, pl.ds(base, block)] = v_SC.T
+        vt_ref[:width, pl.ds(base, block)] = v_SC.T
 
     num_whole = num_keys // block
     lax.fori_loop(0, num_whole, lambda j, _: move(pl.multiple_of(j * block, block), block), None)
@@ -273,6 +316,15 @@ def kernel(start, stop, kv, *refs, static: Static, names: tuple[str, ...]):
     @pl.when((i == 0) & (lax.rem(h, static.group) == 0))
     def _():
         _transpose_values(refs["v"], refs["v_t"], static.blocks.kv, static.num_keys)
+
+    if static.parts.bias is not None:
+        (term,) = static.parts.bias
+
+        @pl.when(i == 0)
+        def _():
+            for n in range(term.count):
+                values_1X = refs[term.values_HNX][0, n : n + 1, :]
+                refs["bias_tiles"][n] = diagonals.tile(values_1X, term.num_queries)
 
     row = b * pl.num_programs(2) + i if visits.is_per_row else i
     for index, kind in enumerate(visits.kinds):

@@ -37,6 +37,10 @@ def _hi(x: Any) -> Any:
     return x.hi if isinstance(x, Interval) else x
 
 
+# Of an array before it is there.
+_UNKNOWN = Interval(int(_INT32.min), int(_INT32.max))
+
+
 class Bounds(NamedTuple):
     """What intervals tell about a block: whether `some` pair may attend, whether `all` pairs do.
 
@@ -279,14 +283,21 @@ def block_bounds(
     return Bounds(*(xp.broadcast_to(x, shape) for x in bounds))
 
 
+def sees_past_alone(mask: Mask) -> bool:
+    """Returns whether no query sees a slot after its own, whatever the arrays hold."""
+    # Bounds depend on slots through their difference, and through arrays, which are unknown.
+    after = Interval(1, int(_INT32.max) // 2)
+    some = map_arrays(lambda dims, array: _UNKNOWN, mask).bounds(Interval(0, 0), after).some
+    return not np.any(some)
+
+
 def visible_keys(mask: Mask, queries: range, num_keys: int, q_offset: int, block: int) -> range:
     """Returns the keys that some query of `queries` may see for all that is known before the arrays.
 
     Rounded outwards to blocks of `block` keys; empty where none is seen.
     """
-    unknown = Interval(int(_INT32.min), int(_INT32.max))
     t = Interval(q_offset + queries.start, q_offset + queries.stop - 1)
-    some = map_arrays(lambda dims, array: unknown, mask).bounds(t, _blocks(num_keys, block)).some
+    some = map_arrays(lambda dims, array: _UNKNOWN, mask).bounds(t, _blocks(num_keys, block)).some
     seen = np.flatnonzero(np.broadcast_to(some, (-(-num_keys // block),)))
     if not len(seen):
         return range(0)

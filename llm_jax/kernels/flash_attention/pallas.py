@@ -79,7 +79,7 @@ def refusal(
     q_BTKGC: jax.Array, v_BSKC: jax.Array, bias: biases.Bias | None, blocks: blocks_lib.Blocks
 ) -> str | None:
     """Returns why the kernels do not take these arguments, or None where they do."""
-    if not isinstance(bias, biases.Alibi | None):
+    if isinstance(bias, biases.Full):
         return f"takes no bias of kind {type(bias).__name__}"
     spec = jax.typeof(q_BTKGC).sharding.spec
     if placement.is_cut((*spec, None, None)[1]):
@@ -183,6 +183,7 @@ def _forward_on_one_device(
         visits=forward_visits.make_visits(mask, T, k_BSKC.shape[1], blocks, offset),
         blocks=blocks,
         sinks_H=None if sinks_KG is None else sinks_KG.reshape(-1),
+        q_offset=offset,
         interpret=static.is_interpreted,
     )
     y_BTKGC = jnp.swapaxes(y_BHTC, 1, 2).reshape(B, T, K, G, -1)
@@ -207,7 +208,7 @@ def _backward_on_one_device(
 ):
     del sinks_KG  # the logsumexp holds them
     B, T, K, G, _ = q_BTKGC.shape
-    dq, dk, dv = backward.attention(
+    dq, dk, dv, dbias = backward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC, dy_BTKGC)),
         lse_BKGT.reshape(B, K * G, T),
         delta_BKGT.reshape(B, K * G, T),
@@ -216,11 +217,16 @@ def _backward_on_one_device(
         blocks=static.blocks.backward.fit(T, k_BSKC.shape[1]),
         interpret=static.is_interpreted,
     )
-    return (
+    found = (
         jnp.swapaxes(dq, 1, 2).reshape(q_BTKGC.shape),
         jnp.swapaxes(dk, 1, 2),
         jnp.swapaxes(dv, 1, 2),
     )
+    if dbias is None:
+        return found
+    # A table is the same for all rows, wherever they lie.
+    table_KGU = dbias.table_KGU
+    return *found, table_KGU if row_axes is None else jax.lax.psum(table_KGU, row_axes)
 
 
 def _backward(static, residuals, dy_BTKGC):
@@ -230,14 +236,20 @@ def _backward(static, residuals, dy_BTKGC):
     delta_BKGT = jnp.moveaxis(delta_BTKG, 1, 3)
     more = ("BTKGC", dy_BTKGC), ("BKGT", lse_BKGT), ("BKGT", delta_BKGT)
     local = functools.partial(_backward_on_one_device, static)
-    dq, dk, dv = _on_each_device(local, ("BTKGC", "BSKC", "BSKC"), *arrays, *more)
+    outs = ["BTKGC", "BSKC", "BSKC"]
+    if isinstance(bias, biases.Relative):
+        outs.append("KGU")
+    dq, dk, dv, *dtable = _on_each_device(local, outs, *arrays, *more)
     dsinks = None
     if sinks_KG is not None:
         # A sink is a key whose value is zero: its weight times what the others lose to it.
         weights_BKGT = jnp.exp(sinks_KG[..., None] - lse_BKGT)
         dsinks = -jnp.sum(weights_BKGT * delta_BKGT, axis=(0, 3)).astype(sinks_KG.dtype)
     dmask, ddropout, doffset = (jax.tree.map(_no_gradient, x) for x in (mask, dropout, q_offset))
-    dbias = _bias_gradient(static, arrays, dy_BTKGC)
+    if dtable:
+        dbias = dataclasses.replace(bias, table_KGU=dtable[0])
+    else:
+        dbias = _bias_gradient(static, arrays, dy_BTKGC)
     return dq, dk, dv, dmask, dbias, dsinks, ddropout, doffset
 
 
