@@ -217,11 +217,9 @@ def attention(
     def turned(x):
         return jnp.swapaxes(x, 2, 3) if is_c_first else x
 
-    bias = parts.bias
+    bias, flat_from = parts.bias, diagonals.flat_from(parts.bias)
     if bias is not None:
-        shapes = dict.fromkeys(
-            ((blocks.open_k, blocks.open_q), (blocks.masked_k, blocks.masked_q))
-        )
+        shapes = dict.fromkeys(((blocks.open_k, blocks.open_q), (blocks.masked_k, blocks.masked_q)))
         terms = (diagonals.make(bias, parts.mask, shape, q_offset) for shape in shapes)
         parts = dataclasses.replace(parts, bias=tuple(terms))
     given = scores_lib.operands(parts)
@@ -254,7 +252,7 @@ def attention(
     bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
     plan = backward_kernel.Plan(
-        blocks, shell, bare, T, S, H // K, is_c_first, True, True, has_dbias
+        blocks, shell, bare, T, S, H // K, is_c_first, flat_from is not None, True, True, has_dbias
     )
     runs = [(plan, list(outs))]
     if not _fits_at_once(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize):
@@ -265,7 +263,7 @@ def attention(
     found = {}
     for part, names in runs:
         visits = backward_visits.make_visits(
-            parts.mask, T, S, blocks, q_offset, is_q_outer=not part.has_dkv
+            parts.mask, T, S, blocks, q_offset, not part.has_dkv, flat_from
         )
         found |= run(part, visits, arrays, {name: outs[name] for name in names}, interpret)
     dq, dk, dv = (turned(found[name]) for name in ("dq", "dk", "dv"))

@@ -34,6 +34,7 @@ class Plan:
 
     Attributes:
       is_c_first: arrays are [C, T].
+      is_open_flat: the bias of an open tile is one number.
       has_dq, has_dkv, has_dbias: which gradients this run makes.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     num_keys: int
     group: int
     is_c_first: bool
+    is_open_flat: bool
     has_dq: bool
     has_dkv: bool
     has_dbias: bool
@@ -120,7 +122,11 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
         index = plan.bias_index(is_masked)
         term = parts.bias[index]
         nearest, steps_past = term.place(q_start, k_start)
-        s_ST += refs[f"bias_tiles_{index}"][nearest]
+        is_flat = plan.is_open_flat and not is_masked
+        if is_flat:  # its rows are equal
+            lse_1T -= refs[f"bias_tiles_{index}"][nearest, :1]
+        else:
+            s_ST += refs[f"bias_tiles_{index}"][nearest]
         if term.slopes_H is not None:
             lse_1T -= term.shift(steps_past)
     p_ST = jnp.exp2(s_ST - lse_1T)
@@ -137,7 +143,11 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
         dropped_ST, dp_ST = p_ST * factors_ST, dp_ST * factors_ST
     ds_ST = p_ST * (dp_ST - delta_1T)
     if plan.has_dbias:
-        refs[f"bias_sums_{index}"][nearest] += ds_ST
+        sums = refs[f"bias_sums_{index}"]
+        if is_flat:  # whichever diagonal it goes to
+            sums[nearest, :1] += jnp.sum(ds_ST, axis=0, keepdims=True)
+        else:
+            sums[nearest] += ds_ST
     if slope is not None:
         ds_ST *= slope
     dropped_ST, ds_ST = dropped_ST.astype(q.dtype), ds_ST.astype(q.dtype)

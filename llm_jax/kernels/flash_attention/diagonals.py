@@ -85,6 +85,11 @@ def _reach(bias: biases.Alibi | biases.Relative) -> tuple[int, int]:
     return bias.max_distance, bias.max_distance if bias.is_bidirectional else 0
 
 
+def flat_from(bias: biases.Bias | None) -> tuple[int, int] | None:
+    """Returns the distances, back and ahead, from which on a bias is the same, or None."""
+    return _reach(bias) if isinstance(bias, biases.Relative) else None
+
+
 def _range(
     reach: tuple[int, int], is_past: bool, shape: tuple[int, int], phases: tuple[int, int]
 ) -> tuple[int, int]:
