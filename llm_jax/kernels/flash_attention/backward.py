@@ -217,9 +217,13 @@ def attention(
     def turned(x):
         return jnp.swapaxes(x, 2, 3) if is_c_first else x
 
-    bias, flat_from = parts.bias, diagonals.flat_from(parts.bias)
+    bias = parts.bias
+    flat_from = diagonals.flat_from(bias, blocks.open_k, blocks.open_q)
     if bias is not None:
-        shapes = dict.fromkeys(((blocks.open_k, blocks.open_q), (blocks.masked_k, blocks.masked_q)))
+        is_flat = flat_from is not None
+        corner = diagonals.corner(bias, blocks.open_k, blocks.open_q) if is_flat else 0
+        of_open = (corner, corner) if is_flat else (blocks.open_k, blocks.open_q)
+        shapes = dict.fromkeys((of_open, (blocks.masked_k, blocks.masked_q)))
         terms = (diagonals.make(bias, parts.mask, shape, q_offset) for shape in shapes)
         parts = dataclasses.replace(parts, bias=tuple(terms))
     given = scores_lib.operands(parts)

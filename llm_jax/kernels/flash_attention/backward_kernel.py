@@ -7,8 +7,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import backward_bias
 from llm_jax.kernels.flash_attention import backward_visits
-from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 _NT = ((1,), (1,))
@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
       is_c_first: arrays are [C, T].
-      is_open_flat: the bias of an open tile is one number.
+      is_open_flat: the bias of an open tile is flat but for its corners.
       has_dq, has_dkv, has_dbias: which gradients this run makes.
     """
 
@@ -60,9 +60,13 @@ class Plan:
         blocks = self.blocks
         return blocks.macro_q // blocks.masked_q, blocks.macro_k // blocks.masked_k
 
-    def bias_index(self, is_masked: bool) -> int:
-        """Which of `parts.bias` is that of open or of masked tiles; one serves both, if equal."""
-        return len(self.parts.bias) - 1 if is_masked else 0
+    def bias_of(self, is_masked: bool, parts: scores_lib.Parts, refs, q_start, k_start):
+        """Returns the bias of a tile; `parts.bias` is that of open and of masked ones, or of both."""
+        index = len(parts.bias) - 1 if is_masked else 0
+        given = refs, index, parts.bias[index], q_start, k_start
+        if self.is_open_flat and not is_masked:
+            return backward_bias.Corners(*given, (self.blocks.open_k, self.blocks.open_q))
+        return backward_bias.WholeTile(*given)
 
 
 def _rows(start, unit: int, size: int):
@@ -119,16 +123,8 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
     t = parts.slots(q_index)
     s_ST, slope = parts.capped(s_ST)
     if parts.bias is not None:
-        index = plan.bias_index(is_masked)
-        term = parts.bias[index]
-        nearest, steps_past = term.place(q_start, k_start)
-        is_flat = plan.is_open_flat and not is_masked
-        if is_flat:  # its rows are equal
-            lse_1T -= refs[f"bias_tiles_{index}"][nearest, :1]
-        else:
-            s_ST += refs[f"bias_tiles_{index}"][nearest]
-        if term.slopes_H is not None:
-            lse_1T -= term.shift(steps_past)
+        bias = plan.bias_of(is_masked, parts, refs, q_start, k_start)
+        s_ST, lse_1T = bias.added(s_ST, lse_1T)
     p_ST = jnp.exp2(s_ST - lse_1T)
     if is_masked:  # probabilities, not scores: a query that sees no key has no logsumexp to trust
         is_allowed = parts.mask.allowed(t, k_index)
@@ -143,11 +139,7 @@ def _tile(plan: Plan, refs, tile, is_masked: bool, place, dq_at) -> None:
         dropped_ST, dp_ST = p_ST * factors_ST, dp_ST * factors_ST
     ds_ST = p_ST * (dp_ST - delta_1T)
     if plan.has_dbias:
-        sums = refs[f"bias_sums_{index}"]
-        if is_flat:  # whichever diagonal it goes to
-            sums[nearest, :1] += jnp.sum(ds_ST, axis=0, keepdims=True)
-        else:
-            sums[nearest] += ds_ST
+        bias.collect(ds_ST)
     if slope is not None:
         ds_ST *= slope
     dropped_ST, ds_ST = dropped_ST.astype(q.dtype), ds_ST.astype(q.dtype)
@@ -223,34 +215,6 @@ def _load(plan: Plan, refs, flags, g, place, dq_at) -> None:
             refs["q_scaled"][n * blocks.masked_q : (n + 1) * blocks.masked_q, :] = q
 
 
-def _load_bias(plan: Plan, refs, is_fresh, is_first) -> None:
-    """Makes the tiles of the bias of a head, and clears the sums of its gradient."""
-
-    @pl.when(is_fresh)
-    def _():
-        for index, term in enumerate(plan.parts.bias):
-            for n in range(term.count):
-                values_1X = refs[term.values_HNX][n : n + 1, :]
-                refs[f"bias_tiles_{index}"][n] = diagonals.tile(values_1X, term.num_queries)
-            if plan.has_dbias:
-                sums = refs[f"bias_sums_{index}"]
-                sums[...] = jnp.zeros_like(sums)
-
-    if plan.has_dbias:
-
-        @pl.when(is_first)
-        def _():
-            for index in range(len(plan.parts.bias)):
-                found = refs[f"dbias_{index}"]
-                found[...] = jnp.zeros_like(found)
-
-
-def _store_bias(plan: Plan, refs, g) -> None:
-    for index, term in enumerate(plan.parts.bias):
-        for n in range(term.count):
-            refs[f"dbias_{index}"][g, n] += diagonals.summed(refs[f"bias_sums_{index}"][n])
-
-
 def _store(plan: Plan, refs, flags, g, dq_at) -> None:
     """Gradients leave as they are complete; factors that all elements share are applied here, once."""
     blocks, (num_q, num_k) = plan.blocks, plan.pieces
@@ -300,7 +264,8 @@ def kernel(*refs, plan: Plan, names: tuple[str, ...], row_visits: int):
     if plan.parts.bias is not None:
         # Heads of a group take turns at every visit; one alone keeps its tiles through all of them.
         is_shared = plan.group > 1
-        _load_bias(plan, refs, (visit == 0) | is_shared, (visit == 0) & (g == 0))
+        is_first = visit == 0
+        backward_bias.load(plan.parts.bias, refs, is_first | is_shared, is_first & (g == 0))
 
     def turn(is_masked, count, first, n, _):
         for m in range(count):
@@ -318,4 +283,5 @@ def kernel(*refs, plan: Plan, names: tuple[str, ...], row_visits: int):
     _store(plan, refs, column["flags"], g, dq_at)
     if plan.has_dbias:
         is_last = visit == pl.num_programs(2) - 1
-        pl.when(is_last | is_shared)(functools.partial(_store_bias, plan, refs, g))
+        store = functools.partial(backward_bias.store, plan.parts.bias, refs, g)
+        pl.when(is_last | is_shared)(store)

@@ -92,8 +92,8 @@ def make_visits(
     """Returns the tables of a mask: numpy constants if it is static, else arrays of this program.
 
     Args:
-      flat_from: distances, back and ahead of the query, from which on a bias is the same; open tiles
-        lie there whole. None for no bias or one that is nowhere flat.
+      flat_from: distances, back and ahead of the query; open tiles lie whole beyond one of them. None
+        for no bias, or one that makes no difference between tiles.
     """
     some, is_open = _tiles_by_macro(mask, num_queries, num_keys, blocks, q_offset, flat_from)
     xp = np if isinstance(some, np.ndarray) else jnp

@@ -23,6 +23,7 @@ from llm_jax.kernels.flash_attention import masks
 _LOG2E = math.log2(math.e)
 # Rows of a register: a tile's diagonals are summed in the kernel down to so many, then outside.
 _ROWS = 8
+_LANES = 128
 
 
 def _static() -> Any:
@@ -41,6 +42,7 @@ class Diagonals:
       values_HNX: float32; value `x` of tile `n` is of the distance `x - num_keys` between query and key
         from there.
       slopes_H: what a slot more of distance adds beyond the outermost tiles, float32; None for nothing.
+      is_past: no query sees a key after it, so there are no tiles for those.
       offset_steps: whole steps in `q_offset`, int32 scalar; None where it is `static_steps`.
     """
 
@@ -53,6 +55,7 @@ class Diagonals:
     first: int = _static()
     count: int = _static()
     static_steps: int = _static()
+    is_past: bool = _static()
 
     def place(self, q_start: jax.Array, k_start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the tile for a place in the arrays, and how many steps past it that lies."""
@@ -64,6 +67,11 @@ class Diagonals:
     def shift(self, steps_past: jax.Array) -> jax.Array:
         """Returns what the scores of a whole tile lack after its tile was added, float32 scalar."""
         return self.slopes_H * (jnp.abs(steps_past) * self.step).astype(jnp.float32)
+
+    def fill(self, tiles_ref: Any, values_ref: Any) -> None:
+        """Makes the tiles of one head from its values [N, X]."""
+        for n in range(self.count):
+            tiles_ref[n] = tile(values_ref[n : n + 1, :], self.num_queries)
 
     @property
     def tiles_shape(self) -> tuple[int, int, int]:
@@ -85,9 +93,18 @@ def _reach(bias: biases.Alibi | biases.Relative) -> tuple[int, int]:
     return bias.max_distance, bias.max_distance if bias.is_bidirectional else 0
 
 
-def flat_from(bias: biases.Bias | None) -> tuple[int, int] | None:
-    """Returns the distances, back and ahead, from which on a bias is the same, or None."""
-    return _reach(bias) if isinstance(bias, biases.Relative) else None
+def corner(bias: biases.Relative, num_keys: int, num_queries: int) -> int:
+    """Returns the rows and columns of a tile's corner that may hold what is not flat."""
+    wanted = -(-bias.max_distance // _LANES) * _LANES
+    return min(wanted, num_keys // 2, num_queries // 2)
+
+
+def flat_from(bias: biases.Bias | None, num_keys: int, num_queries: int) -> tuple[int, int] | None:
+    """Returns the distances, back and ahead, from which on a tile is flat but for a corner, or None."""
+    if not isinstance(bias, biases.Relative):
+        return None
+    size = corner(bias, num_keys, num_queries)
+    return tuple(max(0, reach - size) for reach in _reach(bias))
 
 
 def _range(
@@ -119,7 +136,8 @@ def make(
     is_known = isinstance(q_offset, int)
     phase, steps = q_offset % step, q_offset // step
     phases = (phase, phase) if is_known else (0, step - 1)
-    first, last = _range(_reach(bias), masks.sees_past_alone(mask), shape, phases)
+    is_past = masks.sees_past_alone(mask)
+    first, last = _range(_reach(bias), is_past, shape, phases)
     values_KGNX = bias.by_distance_KGD(_distances(first, last, shape, phase)) * _LOG2E
     slopes_H = None
     if isinstance(bias, biases.Alibi):
@@ -134,6 +152,7 @@ def make(
         first,
         last - first + 1,
         steps if is_known else 0,
+        is_past,
     )
 
 

@@ -40,7 +40,7 @@ def _operand_spec(operand: scores_lib.Operand, q_block: int, keys: int) -> pl.Bl
     if operand.dims == "BS":
         return pl.BlockSpec((1, 1, keys), lambda b, h, i, *_: (b, 0, 0))
     if operand.dims == "HNX":
-        return pl.BlockSpec((1, *operand.shape[1:]), lambda b, h, i, *_: (h, 0, 0))
+        return pl.BlockSpec((None, *operand.shape[1:]), lambda b, h, i, *_: (h, 0, 0))
     return pl.BlockSpec(memory_space=pltpu.SMEM)
 
 

@@ -7,7 +7,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
@@ -322,9 +321,7 @@ def kernel(start, stop, kv, *refs, static: Static, names: tuple[str, ...]):
 
         @pl.when(i == 0)
         def _():
-            for n in range(term.count):
-                values_1X = refs[term.values_HNX][0, n : n + 1, :]
-                refs["bias_tiles"][n] = diagonals.tile(values_1X, term.num_queries)
+            term.fill(refs["bias_tiles"], refs[term.values_HNX])
 
     row = b * pl.num_programs(2) + i if visits.is_per_row else i
     for index, kind in enumerate(visits.kinds):
