@@ -81,7 +81,7 @@ CASES = {
 }
 
 
-NOT_IN_KERNELS = ("array", "shared_array")
+NOT_IN_KERNELS = ()
 
 
 def _case(changes, num_queries=T, value_width=C, dropout=None):

@@ -1,6 +1,6 @@
-"""Biases by distance in the backward kernel: what a tile adds, and the sums for a table's gradient.
+"""Biases in the backward kernel: what a tile adds to its scores, and the sums for a bias' gradient.
 
-A tile's gradient with respect to its bias is that of its scores. It is added to a sum of the same shape
+Of a table, a tile's gradient with respect to its bias is that of its scores. It is added to a sum of the same shape
 for each of the tiles that occur, and when a head is done these are summed along their diagonals.
 
 Where a table is flat from some distance on, an open tile is flat but for its corners next to the
@@ -83,6 +83,45 @@ class Corners:
             self.sums[self.ahead] += ahead
         # To any row of a flat tile: all of its distances share a bucket.
         self.sums[self.flat, :1] += sum(pieces)
+
+
+class Array:
+    """A block of a full array, [queries, keys]; its gradient's sum is in pieces [keys, queries]."""
+
+    def __init__(self, refs: dict[str, Any], name: str, i, j, units: tuple[int, int], shape):
+        self.ref, self.sums = refs[name], refs.get("bias_sums")
+        (unit_q, unit_k), (num_keys, num_queries) = units, shape
+        self.i, self.unit_q, self.num_pieces = i, unit_q, num_queries // unit_q
+        self.at_q = pl.ds(pl.multiple_of(i * unit_q, unit_q), num_queries)
+        self.at_k = pl.ds(pl.multiple_of(j * unit_k, unit_k), num_keys)
+
+    def added(self, s_ST: jax.Array, lse_1T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns scores and logsumexp whose difference has the bias in it."""
+        return s_ST + diagonals.transposed(self.ref[self.at_q, self.at_k]), lse_1T
+
+    def collect(self, ds_ST: jax.Array) -> None:
+        for n in range(self.num_pieces):
+            of_piece = ds_ST[:, n * self.unit_q : (n + 1) * self.unit_q]
+            self.sums[self.i + n, self.at_k, :] += of_piece
+
+
+def load_array(refs: dict[str, Any], is_first) -> None:
+    """Clears the sum of a block of a full array's gradient."""
+
+    @pl.when(is_first)
+    def _():
+        refs["bias_sums"][...] = jnp.zeros_like(refs["bias_sums"])
+
+
+def store_array(refs: dict[str, Any], is_last) -> None:
+    """Writes the block of the gradient, [queries, keys]."""
+    sums, out = refs["bias_sums"], refs["dbias"]
+    unit = sums.shape[2]
+
+    @pl.when(is_last)
+    def _():
+        for n in range(len(sums)):
+            out[n * unit : (n + 1) * unit, :] = sums[n].T.astype(out.dtype)
 
 
 def load(terms: tuple[diagonals.Diagonals, ...], refs: dict[str, Any], is_fresh, is_first) -> None:

@@ -88,18 +88,21 @@ def make_visits(
     q_offset: Any = 0,
     is_q_outer: bool = False,
     flat_from: tuple[int, int] | None = None,
+    is_everywhere: bool = False,
 ) -> Visits:
     """Returns the tables of a mask: numpy constants if it is static, else arrays of this program.
 
     Args:
       flat_from: distances, back and ahead of the query; open tiles lie whole beyond one of them. None
         for no bias, or one that makes no difference between tiles.
+      is_everywhere: visit every macro block, as all of a full array's gradient must be written.
     """
     some, is_open = _tiles_by_macro(mask, num_queries, num_keys, blocks, q_offset, flat_from)
     xp = np if isinstance(some, np.ndarray) else jnp
     num_rows, num_i, num_j = some.shape[:3]
     # What is visited must be known now; arrays of the program may visit anything.
-    is_used = np.ones((num_i, num_j), bool) if xp is jnp else some.any((0, -2, -1))
+    is_known = xp is np and not is_everywhere
+    is_used = some.any((0, -2, -1)) if is_known else np.ones((num_i, num_j), bool)
     order = _order(is_used, is_q_outer)
     at_i, at_j = (np.asarray(x) for x in zip(*order))
     some, is_open = some[:, at_i, at_j], is_open[:, at_i, at_j]

@@ -124,6 +124,13 @@ def _range(
     return (-ahead - num_queries + 1 - phases[1]) // step, last
 
 
+def most_tiles(bias: biases.Alibi | biases.Relative, num_keys: int, num_queries: int) -> int:
+    """Returns the number of tiles that `make` makes at most."""
+    shape = num_keys, num_queries
+    first, last = _range(_reach(bias), False, shape, (0, math.gcd(*shape) - 1))
+    return last - first + 1
+
+
 def make(
     bias: biases.Alibi | biases.Relative,
     mask: masks.Mask,
@@ -168,6 +175,11 @@ def tile(values_1X: jax.Array, num_queries: int) -> jax.Array:
     num_keys = width - num_queries
     x_SX = jnp.broadcast_to(values_1X, (num_keys, width))
     return pltpu.roll(x_SX, num_queries, 1, stride=1, stride_axis=0)[:, :num_queries]
+
+
+def transposed(bias_TS: jax.Array) -> jax.Array:
+    """Returns a block of a full array as kernels hold scores: [keys, queries], to the base 2."""
+    return bias_TS.astype(jnp.float32).T * _LOG2E
 
 
 def summed(x_ST: jax.Array) -> jax.Array:

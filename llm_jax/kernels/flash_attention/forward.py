@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_kernel
 from llm_jax.kernels.flash_attention import forward_visits
@@ -34,20 +35,28 @@ _MIB = 2**20
 VMEM_LIMIT = 100 * _MIB
 
 
-def _operand_spec(operand: scores_lib.Operand, q_block: int, keys: int) -> pl.BlockSpec:
+def _operand_spec(operand: scores_lib.Operand, q_block: int, keys: int, group: int) -> pl.BlockSpec:
     if operand.dims == "BT":
         return pl.BlockSpec((1, 1, q_block), lambda b, h, i, *_: (b, 0, i))
     if operand.dims == "BS":
         return pl.BlockSpec((1, 1, keys), lambda b, h, i, *_: (b, 0, 0))
     if operand.dims == "HNX":
         return pl.BlockSpec((None, *operand.shape[1:]), lambda b, h, i, *_: (h, 0, 0))
+    if operand.dims == "BKGTS":
+        has = [size > 1 for size in operand.shape[:3]]
+
+        def of_head(b, h, i, *_):
+            place = b, lax.div(h, group), lax.rem(h, group)
+            return (*(x if is_own else 0 for x, is_own in zip(place, has)), i, 0)
+
+        return pl.BlockSpec((None, None, None, q_block, keys), of_head)
     return pl.BlockSpec(memory_space=pltpu.SMEM)
 
 
 def _as_argument(operand: scores_lib.Operand) -> jax.Array:
-    """Returns an operand in the shape that a kernel takes: [B, 1, T or S], [B], [H], [H, N, X], [1]."""
+    """Returns an operand in the shape that a kernel takes: rows as [B, 1, T or S], scalars as [1]."""
     array = operand.array
-    if operand.dims == "HNX":
+    if operand.dims in ("HNX", "BKGTS"):
         return array
     return array[:, None, :] if operand.dims in ("BT", "BS") else array.reshape(-1)
 
@@ -66,7 +75,9 @@ def _specs(blocks, C: int, Cv: int, keys: int, group: int, given) -> dict[str, p
         "k": pl.BlockSpec((1, 1, keys, C), of_key),
         "v": pl.BlockSpec((1, 1, keys, Cv), of_key),
     }
-    return specs | {operand.name: _operand_spec(operand, blocks.q, keys) for operand in given}
+    return specs | {
+        operand.name: _operand_spec(operand, blocks.q, keys, group) for operand in given
+    }
 
 
 def _scratch(blocks, C: int, Cv: int, keys: int, dtype, parts) -> dict[str, tuple]:
@@ -79,7 +90,7 @@ def _scratch(blocks, C: int, Cv: int, keys: int, dtype, parts) -> dict[str, tupl
         "o_t": ((Cv, blocks.q), jnp.float32),
         "scores": ((blocks.slots, blocks.kv, blocks.tile), jnp.float32),
     }
-    if parts.bias is not None:
+    if isinstance(parts.bias, tuple):
         found["bias_tiles"] = (parts.bias[0].tiles_shape, jnp.float32)
     return found
 
@@ -114,9 +125,10 @@ def attention(
     B, H, T, C = q_BHTC.shape
     K, S, Cv = v_BKSC.shape[1:]
     group, keys = H // K, -(-S // blocks.kv) * blocks.kv
-    if parts.bias is not None:
+    bias = parts.bias
+    if isinstance(bias, biases.Alibi | biases.Relative):
         shape = (blocks.chunk, blocks.tile)
-        terms = (diagonals.make(parts.bias, parts.mask, shape, q_offset),)
+        terms = (diagonals.make(bias, parts.mask, shape, q_offset),)
         parts = dataclasses.replace(parts, bias=terms)
     given = scores_lib.operands(parts)
     specs = _specs(blocks, C, Cv, keys, group, given)
@@ -150,7 +162,7 @@ def attention(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(C, Cv, keys, blocks, q_BHTC.dtype),
+            vmem_limit_bytes=vmem_bytes(C, Cv, keys, blocks, q_BHTC.dtype, bias),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_pairs * (C + Cv), transcendentals=num_pairs, bytes_accessed=moved
@@ -161,7 +173,27 @@ def attention(
     return o_BHTC, lse_BH1T[:, :, 0]
 
 
-def vmem_bytes(C: int, Cv: int, keys: int, blocks: forward_visits.Blocks, dtype) -> int:
+def fit(
+    blocks: forward_visits.Blocks, C: int, Cv: int, T: int, S: int, dtype, bias: biases.Bias | None
+) -> forward_visits.Blocks:
+    """Returns blocks for the lengths; of fewer queries where a full array would not fit otherwise."""
+    fitted, least = blocks.fit(T), blocks.tile * blocks.slots
+    while isinstance(bias, biases.Full) and fitted.q % (2 * least) == 0:
+        keys = -(-S // fitted.kv) * fitted.kv
+        if vmem_bytes(C, Cv, keys, fitted, dtype, bias) <= VMEM_LIMIT // 2:
+            break
+        fitted = dataclasses.replace(fitted, q=fitted.q // 2)
+    return fitted
+
+
+def vmem_bytes(
+    C: int,
+    Cv: int,
+    keys: int,
+    blocks: forward_visits.Blocks,
+    dtype,
+    bias: biases.Bias | None = None,
+) -> int:
     """Returns the VMEM to ask for: all buffers, twice where they are pipelined, and room to spill."""
 
     def lanes(width: int) -> int:
@@ -171,4 +203,10 @@ def vmem_bytes(C: int, Cv: int, keys: int, blocks: forward_visits.Blocks, dtype)
     resident = 2 * keys * (lanes(C) + lanes(Cv)) * size + keys * Cv * size
     rows = blocks.q * (3 * lanes(C) + 2 * lanes(Cv)) * size + blocks.q * (Cv + 32) * 4
     buffers = blocks.slots * blocks.kv * blocks.tile * 4
+    if isinstance(bias, biases.Full):
+        buffers += 2 * blocks.q * lanes(keys) * bias.bias_BKGTS.dtype.itemsize
+    elif bias is not None:
+        buffers += (
+            diagonals.most_tiles(bias, blocks.chunk, blocks.tile) * blocks.chunk * blocks.tile * 4
+        )
     return resident + rows + buffers + 12 * _MIB

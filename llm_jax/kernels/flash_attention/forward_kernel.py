@@ -7,6 +7,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
@@ -29,6 +31,11 @@ class Static:
     operands: tuple[scores_lib.Operand, ...]
     num_keys: int
     group: int
+
+    @property
+    def terms(self) -> tuple[diagonals.Diagonals, ...]:
+        """Of a bias by distance, that for chunks."""
+        return self.parts.bias if isinstance(self.parts.bias, tuple) else ()
 
     @property
     def changes_scores(self) -> bool:
@@ -127,7 +134,7 @@ class _Visit:
                 return ref[0, :, self.queries(r)]
             if operand.dims == "BS":
                 return scores_lib.column(ref[0, :, self.keys(c, self.base)])
-            if operand.dims == "HNX":
+            if operand.dims in ("HNX", "BKGTS"):
                 return ref
             return ref[{"B": self.b, "H": self.h, "": 0}[operand.dims]]
 
@@ -137,7 +144,10 @@ class _Visit:
         """Returns scores, to the base 2, after soft-cap, bias and, in masked parts, the mask."""
         parts = self.parts(r, c)
         x_SR, _ = parts.capped(x_SR)
-        if parts.bias is not None:
+        if isinstance(parts.bias, biases.Full):
+            bias_RS = parts.bias.bias_BKGTS[self.queries(r), self.keys(c, self.base)]
+            x_SR += diagonals.transposed(bias_RS)
+        elif parts.bias is not None:
             x_SR += self.refs["bias_tiles"][self.bias_place(parts, r, c)[0]]
         if not is_masked:
             return x_SR
@@ -155,8 +165,8 @@ class _Visit:
 
     def shift(self, r: int, c: int):
         """Returns what the scores of a whole chunk lack, a scalar, or None for nothing."""
-        parts = self.static.parts
-        if parts.bias is None or parts.bias[0].slopes_H is None:
+        terms = self.static.terms
+        if not terms or terms[0].slopes_H is None:
             return None
         parts = self.parts(r, c)
         return parts.bias[0].shift(self.bias_place(parts, r, c)[1])
@@ -316,11 +326,10 @@ def kernel(start, stop, kv, *refs, static: Static, names: tuple[str, ...]):
     def _():
         _transpose_values(refs["v"], refs["v_t"], static.blocks.kv, static.num_keys)
 
-    if static.parts.bias is not None:
-        (term,) = static.parts.bias
+    for term in static.terms:
 
         @pl.when(i == 0)
-        def _():
+        def _(term=term):
             term.fill(refs["bias_tiles"], refs[term.values_HNX])
 
     row = b * pl.num_programs(2) + i if visits.is_per_row else i

@@ -79,15 +79,13 @@ def refusal(
     q_BTKGC: jax.Array, v_BSKC: jax.Array, bias: biases.Bias | None, blocks: blocks_lib.Blocks
 ) -> str | None:
     """Returns why the kernels do not take these arguments, or None where they do."""
-    if isinstance(bias, biases.Full):
-        return f"takes no bias of kind {type(bias).__name__}"
     spec = jax.typeof(q_BTKGC).sharding.spec
     if placement.is_cut((*spec, None, None)[1]):
         return f"needs whole sequences, queries are sharded {spec}"
     S, C, Cv = v_BSKC.shape[1], q_BTKGC.shape[-1], v_BSKC.shape[-1]
-    sizes = blocks.forward.fit(q_BTKGC.shape[1])
+    sizes = forward.fit(blocks.forward, C, Cv, q_BTKGC.shape[1], S, q_BTKGC.dtype, bias)
     keys = -(-S // sizes.kv) * sizes.kv
-    needed = forward.vmem_bytes(C, Cv, keys, sizes, q_BTKGC.dtype)
+    needed = forward.vmem_bytes(C, Cv, keys, sizes, q_BTKGC.dtype, bias)
     if needed > forward.VMEM_LIMIT:
         return (
             f"holds the keys and values of a head in VMEM: {S} of widths {C} and {Cv} need"
@@ -118,7 +116,8 @@ def _on_each_device(
     Keys and values, and what belongs to rows and heads, lie as the queries do.
 
     Args:
-      local: called with the axes that rows and key heads are cut over, and this device's pieces.
+      local: called with the axes that rows, key heads and groups are cut over, and this device's
+        pieces.
       outs: letters of the results.
       more: pairs of letters and array, after the arguments of the attention.
     """
@@ -127,7 +126,7 @@ def _on_each_device(
     if dropout is not None and placement.is_cut(g_axes):
         raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
     axes = {"B": row_axes, "T": length_axes, "K": k_axes, "G": g_axes}
-    local = functools.partial(local, row_axes, k_axes)
+    local = functools.partial(local, row_axes, k_axes, g_axes)
     if row_axes is None and k_axes is None and g_axes is None:
         extra = (array for _, array in more)
         return local(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
@@ -172,10 +171,11 @@ def _offset(axes: str | Sequence[str] | None, size: int) -> jax.Array:
 
 
 def _forward_on_one_device(
-    static, row_axes, k_axes, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
+    static, row_axes, k_axes, _, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
 ):
     B, T, K, G, _ = q_BTKGC.shape
-    blocks = static.blocks.forward.fit(T)
+    sizes = q_BTKGC.shape[-1], v_BSKC.shape[-1], T, k_BSKC.shape[1]
+    blocks = forward.fit(static.blocks.forward, *sizes, q_BTKGC.dtype, bias)
     offset = static.q_offset if q_offset is None else q_offset
     y_BHTC, lse_BHT = forward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
@@ -194,6 +194,7 @@ def _backward_on_one_device(
     static,
     row_axes,
     k_axes,
+    g_axes,
     q_BTKGC,
     k_BSKC,
     v_BSKC,
@@ -224,9 +225,16 @@ def _backward_on_one_device(
     )
     if dbias is None:
         return found
-    # A table is the same for all rows, wherever they lie.
-    table_KGU = dbias.table_KGU
-    return *found, table_KGU if row_axes is None else jax.lax.psum(table_KGU, row_axes)
+    (array,) = jax.tree.leaves(dbias)
+    # Rows and heads that share a value, wherever they lie.
+    axes = (row_axes, k_axes, g_axes)
+    is_shared = [size == 1 for size in array.shape[:3]]
+    if isinstance(bias, biases.Relative):
+        is_shared = [True, False, False]
+    for one, is_summed in zip(axes, is_shared):
+        if one is not None and is_summed:
+            array = jax.lax.psum(array, one)
+    return *found, array
 
 
 def _backward(static, residuals, dy_BTKGC):
@@ -239,15 +247,18 @@ def _backward(static, residuals, dy_BTKGC):
     outs = ["BTKGC", "BSKC", "BSKC"]
     if isinstance(bias, biases.Relative):
         outs.append("KGU")
-    dq, dk, dv, *dtable = _on_each_device(local, outs, *arrays, *more)
+    elif isinstance(bias, biases.Full):
+        shape = bias.bias_BKGTS.shape
+        outs.append("".join("1" if size == 1 else x for x, size in zip("BKGTS", shape)))
+    dq, dk, dv, *made = _on_each_device(local, outs, *arrays, *more)
     dsinks = None
     if sinks_KG is not None:
         # A sink is a key whose value is zero: its weight times what the others lose to it.
         weights_BKGT = jnp.exp(sinks_KG[..., None] - lse_BKGT)
         dsinks = -jnp.sum(weights_BKGT * delta_BKGT, axis=(0, 3)).astype(sinks_KG.dtype)
     dmask, ddropout, doffset = (jax.tree.map(_no_gradient, x) for x in (mask, dropout, q_offset))
-    if dtable:
-        dbias = dataclasses.replace(bias, table_KGU=dtable[0])
+    if made:
+        dbias = jax.tree.unflatten(jax.tree.structure(bias), made)
     else:
         dbias = _bias_gradient(static, arrays, dy_BTKGC)
     return dq, dk, dv, dmask, dbias, dsinks, ddropout, doffset
