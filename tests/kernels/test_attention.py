@@ -74,14 +74,28 @@ CASES = {
         "sinks_KG": _normal(K, G),
         "dropout": 0.2,
     },
+    "everything_t5": {
+        "mask": masks.local_window(left=7, right=2) & _segments(),
+        "softcap": 0.7,
+        "bias": _RELATIVE,
+        "sinks_KG": _normal(K, G),
+        "dropout": 0.2,
+    },
+    "everything_array": {
+        "mask": masks.full() & _segments(),
+        "softcap": 0.7,
+        "bias": biases.Full(_normal(B, 1, G, T, S)),
+        "sinks_KG": _normal(K, G),
+        "dropout": 0.2,
+    },
     "cross": {"mask": masks.full(), "num_queries": 5},
     "wide_values": {"value_width": 7},
     "offset": {"q_offset": 7, "num_queries": 4, "bias": _ALIBI},
+    "offset_t5": {"q_offset": 7, "num_queries": 4, "bias": _RELATIVE, "mask": masks.full()},
+    "offset_one_way_t5": {"q_offset": 6, "num_queries": 5, "bias": _ONE_WAY},
+    "offset_array": {"q_offset": 7, "num_queries": 4, "bias": biases.Full(_normal(1, 1, 1, 4, S))},
     "offset_packed": {"mask": masks.causal() & _segments(4), "q_offset": 7, "num_queries": 4},
 }
-
-
-NOT_IN_KERNELS = ()
 
 
 def _case(changes, num_queries=T, value_width=C, dropout=None):
@@ -131,13 +145,7 @@ def parameters_of(case):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), attention_oracle.parameters(case))
 
 
-# What the kernels do not take a test below holds them to say.
-PAIRS = [
-    (name, implementation)
-    for name in CASES
-    for implementation in IMPLEMENTATIONS
-    if implementation != "pallas" or name not in NOT_IN_KERNELS
-]
+PAIRS = [(name, implementation) for name in CASES for implementation in IMPLEMENTATIONS]
 
 
 @pytest.mark.parametrize("name, implementation", PAIRS)
@@ -178,7 +186,9 @@ def test_gradients_equal_those_of_the_reference(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["everything", "packed", "prefix", "sinks"])
+@pytest.mark.parametrize(
+    "name", ["everything", "everything_t5", "everything_array", "packed", "prefix", "sinks"]
+)
 def test_rows_and_heads_may_lie_on_several_devices(name, implementation):
     case, extra = named(name)
     probe = np.random.default_rng(1).standard_normal((*case.q.shape[:-1], C)).astype(np.float32)
@@ -220,14 +230,53 @@ def test_bfloat16_stays_bfloat16(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_an_offset_may_be_traced(implementation):
-    case, extra = named("offset")
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("offset")])
+def test_an_offset_may_be_traced(name, implementation):
+    case, extra = named(name)
     parameters = parameters_of(case)
 
-    def at(offset):
-        return attend(dataclasses.replace(case, q_offset=offset), extra, implementation)(parameters)
+    def loss(parameters, offset):
+        run = attend(dataclasses.replace(case, q_offset=offset), extra, implementation)
+        y = run(parameters)
+        return jnp.sum(y**2), y
 
-    helpers.assert_close(jax.jit(at)(jnp.asarray(7)), attention_oracle.attention(case))
+    gradient = jax.grad(loss, has_aux=True)
+    traced, y = jax.jit(gradient)(parameters, jnp.asarray(case.q_offset))
+    helpers.assert_close(y, attention_oracle.attention(case))
+    known, _ = gradient(parameters, case.q_offset)
+    helpers.assert_close(traced, known, 2e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_slopes_hold_over_long_distances(dtype, tolerance):
+    """Far blocks take their share of a slope as one number, which must not cost digits near by."""
+    num_queries, num_keys = 128, 2**15
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), dtype)
+        for shape in ((1, num_queries, 1, 2, 8), (1, num_keys, 1, 8), (1, num_keys, 1, 8))
+    )
+    slopes = np.asarray([0.5, 2.0**-13])
+    first = num_keys - num_queries
+    y = op.attention(
+        q,
+        k,
+        v,
+        mask=masks.causal(),
+        scale=0.3,
+        implementation="pallas",
+        chunk=num_queries,
+        q_offset=first,
+        bias=biases.Alibi(jnp.asarray(slopes, jnp.float32)[None]),
+    )
+    distance = first + np.arange(num_queries)[:, None] - np.arange(num_keys)
+    q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v))
+    scores = 0.3 * np.einsum("tgc,sc->gts", q[0, :, 0], k[0, :, 0])
+    scores = np.where(distance >= 0, scores - slopes[:, None, None] * distance, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    wanted = np.einsum("gts,sc->tgc", weights, v[0, :, 0])
+    helpers.assert_close(y[0, :, 0].astype(jnp.float32), wanted, tolerance)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -380,7 +429,7 @@ def test_scores_that_do_not_fit_are_named(extra, shape):
     assert str(shape) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["causal", "packed", "everything"])
+@pytest.mark.parametrize("name", ["causal", "packed", "everything", "everything_t5"])
 def test_gradients_that_do_not_fit_at_once_are_made_in_two_runs(name):
     """Of the queries and of the keys, each by a run of the kernel."""
     case, extra = named(name)
@@ -408,11 +457,21 @@ def test_keys_that_do_not_fit_are_named():
         jax.eval_shape(run, q, k, k)
 
 
-@pytest.mark.parametrize("name", NOT_IN_KERNELS)
-def test_a_bias_that_kernels_do_not_take_is_named(name):
-    case, extra = named(name)
-    with pytest.raises(ValueError, match=type(case.bias).__name__):
-        attend(case, extra, "pallas")(parameters_of(case))
+@pytest.mark.parametrize(
+    "bias, message",
+    [
+        (lambda: biases.Full(jnp.zeros((1, 1, 1, 2**15, 2**15), jnp.bfloat16)), "Full"),
+        (lambda: biases.Relative(jnp.zeros((1, 1, 8)), 2**14), "distances to 16384 need"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_named(bias, message):
+    q = jax.ShapeDtypeStruct((1, 2**15, 1, 1, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 2**15, 1, 128), jnp.bfloat16)
+    run = functools.partial(
+        op.attention, mask=masks.causal(), scale=1.0, implementation="pallas", chunk=2**14
+    )
+    with pytest.raises(ValueError, match=f"{message}.*; use 'chunked'"):
+        jax.eval_shape(lambda q, k: run(q, k, k, bias=bias(), blocks=blocks_lib.Blocks()), q, k)
 
 
 def test_unknown_implementation_is_named():

@@ -345,6 +345,13 @@ def _with_bias(
     return dataclasses.replace(parts, bias=tuple(terms)), blocks
 
 
+def table_bytes(bias: biases.Relative, blocks: backward_visits.Blocks) -> int:
+    """Returns the VMEM for the tiles of a table and the sums of its gradient, at most."""
+    corner = diagonals.corner(bias, blocks.open_k, blocks.open_q)
+    shapes = {(corner, corner), (blocks.masked_k, blocks.masked_q)}
+    return sum(2 * 4 * diagonals.most_tiles(bias, *shape) * math.prod(shape) for shape in shapes)
+
+
 def _as_argument(operand: scores_lib.Operand, blocks: backward_visits.Blocks) -> jax.Array:
     """Returns an operand in the shape that a kernel takes: vectors in pieces, scalars as [1]."""
     if operand.dims in ("HNX", "BKGTS"):

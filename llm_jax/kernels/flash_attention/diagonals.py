@@ -173,8 +173,11 @@ def tile(values_1X: jax.Array, num_queries: int) -> jax.Array:
     """Returns [keys, queries] in which each row is the one above, moved by one."""
     width = values_1X.shape[1]
     num_keys = width - num_queries
-    x_SX = jnp.broadcast_to(values_1X, (num_keys, width))
-    return pltpu.roll(x_SX, num_queries, 1, stride=1, stride_axis=0)[:, :num_queries]
+    # Rows that lie a register's lanes apart are equal but for whole registers.
+    rows = _LANES if num_keys % _LANES == 0 else num_keys
+    x_RX = pltpu.roll(jnp.broadcast_to(values_1X, (rows, width)), 0, 1, stride=1, stride_axis=0)
+    starts = range(num_keys, 0, -rows)
+    return jnp.concatenate([x_RX[:, start : start + num_queries] for start in starts], axis=0)
 
 
 def transposed(bias_TS: jax.Array) -> jax.Array:
@@ -185,16 +188,26 @@ def transposed(bias_TS: jax.Array) -> jax.Array:
 def summed(x_ST: jax.Array) -> jax.Array:
     """Returns [rows, keys + queries] with the sums along diagonals, a few rows of them.
 
-    Element `x` of row `r` is of queries `x - r` after their keys, where `x` counts backwards from the
-    end past the number of queries. Half of the rows at a time, moved onto the other half.
+    Element `x` of row `r` is of queries `x - r - keys` after their keys. Half of the rows at a time,
+    moved onto the other half.
     """
-    num_keys, num_queries = x_ST.shape
-    x_SX = jnp.concatenate([x_ST, jnp.zeros((num_keys, num_keys), x_ST.dtype)], axis=1)
-    width = num_keys + num_queries
-    while len(x_SX) > _ROWS and len(x_SX) % 2 == 0:
-        half = len(x_SX) // 2
-        x_SX = x_SX[:half] + pltpu.roll(x_SX[half:], width - half, 1)
-    return x_SX
+    width = sum(x_ST.shape)
+
+    def padded(x):
+        zeros = jnp.zeros((len(x), width - x.shape[1]), x.dtype)
+        return jnp.concatenate([zeros, x], axis=1) if zeros.size else x
+
+    x = x_ST
+    while len(x) > _ROWS and len(x) % 2 == 0:
+        half = len(x) // 2
+        if half % _LANES == 0:  # by whole registers
+            zeros = jnp.zeros((half, half), x.dtype)
+            upper = jnp.concatenate([zeros, x[:half]], axis=1)
+            x = upper + jnp.concatenate([x[half:], zeros], axis=1)
+        else:
+            x = padded(x)
+            x = x[:half] + pltpu.roll(x[half:], width - half, 1)
+    return padded(x)
 
 
 def gradient(
@@ -208,8 +221,7 @@ def gradient(
     table_KGU = jnp.zeros_like(bias.table_KGU)
     for term, sums_KGNRX in zip(terms, sums, strict=True):
         N, R, X = term.sums_shape
-        x = jnp.arange(X)
-        after_X = jnp.where(x < term.num_queries, x, x - X)
+        after_X = jnp.arange(X) - term.num_keys
         starts_N = q_offset % term.step + term.step * (term.first + jnp.arange(N))
         distance_NRX = starts_N[:, None, None] + after_X - jnp.arange(R)[:, None]
         one_hot_NRXU = jax.nn.one_hot(bias.buckets(distance_NRX), U, dtype=jnp.float32)

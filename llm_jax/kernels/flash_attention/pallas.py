@@ -87,10 +87,18 @@ def refusal(
     keys = -(-S // sizes.kv) * sizes.kv
     needed = forward.vmem_bytes(C, Cv, keys, sizes, q_BTKGC.dtype, bias)
     if needed > forward.VMEM_LIMIT:
+        beside = "" if bias is None else f" beside a bias of kind {type(bias).__name__}"
         return (
             f"holds the keys and values of a head in VMEM: {S} of widths {C} and {Cv} need"
-            f" {needed >> 20} MiB of {forward.VMEM_LIMIT >> 20}"
+            f" {needed >> 20} MiB of {forward.VMEM_LIMIT >> 20}{beside}"
         )
+    if isinstance(bias, biases.Relative):
+        needed = backward.table_bytes(bias, blocks.backward)
+        if needed > blocks.backward.vmem_bytes // 2:
+            return (
+                f"holds tiles of a table in VMEM: distances to {bias.max_distance} need"
+                f" {needed >> 20} MiB of {blocks.backward.vmem_bytes >> 21}"
+            )
     return None
 
 
