@@ -200,6 +200,7 @@ def _forward_on_one_device(
 
 def _backward_on_one_device(
     static,
+    is_shared,
     row_axes,
     k_axes,
     g_axes,
@@ -234,14 +235,9 @@ def _backward_on_one_device(
     if dbias is None:
         return found
     (array,) = jax.tree.leaves(dbias)
-    # Rows and heads that share a value, wherever they lie.
-    axes = (row_axes, k_axes, g_axes)
-    is_shared = [size == 1 for size in array.shape[:3]]
-    if isinstance(bias, biases.Relative):
-        is_shared = [True, False, False]
-    for one, is_summed in zip(axes, is_shared):
-        if one is not None and is_summed:
-            array = jax.lax.psum(array, one)
+    for axes, is_summed in zip((row_axes, k_axes, g_axes), is_shared):
+        if axes is not None and is_summed:  # rows and heads that share a value, wherever they lie
+            array = jax.lax.psum(array, axes)
     return *found, array
 
 
@@ -251,13 +247,14 @@ def _backward(static, residuals, dy_BTKGC):
     delta_BTKG = jnp.sum(dy_BTKGC.astype(jnp.float32) * y_BTKGC.astype(jnp.float32), -1)
     delta_BKGT = jnp.moveaxis(delta_BTKG, 1, 3)
     more = ("BTKGC", dy_BTKGC), ("BKGT", lse_BKGT), ("BKGT", delta_BKGT)
-    local = functools.partial(_backward_on_one_device, static)
-    outs = ["BTKGC", "BSKC", "BSKC"]
+    outs, is_shared = ["BTKGC", "BSKC", "BSKC"], (True, False, False)
     if isinstance(bias, biases.Relative):
         outs.append("KGU")
     elif isinstance(bias, biases.Full):
-        shape = bias.bias_BKGTS.shape
-        outs.append("".join("1" if size == 1 else x for x, size in zip("BKGTS", shape)))
+        is_shared = tuple(size == 1 for size in bias.bias_BKGTS.shape[:3])
+        letters = ("1" if is_one else letter for letter, is_one in zip("BKG", is_shared))
+        outs.append("".join(letters) + "TS")
+    local = functools.partial(_backward_on_one_device, static, is_shared)
     dq, dk, dv, *made = _on_each_device(local, outs, *arrays, *more)
     dsinks = None
     if sinks_KG is not None:
