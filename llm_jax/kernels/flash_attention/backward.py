@@ -17,6 +17,7 @@ The maths is that of FlashAttention-2 (Dao 2023, algorithm 2). How the work lies
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import backward_kernel
 from llm_jax.kernels.flash_attention import backward_visits
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 
@@ -54,6 +57,9 @@ def _specs(
     def of_statistic(b, h, x, g, *tables):
         return (b, h * group + g, value(tables, "q_block", b, x), 0, 0)
 
+    def of_head(b, h, x, g, *tables):
+        return (h * group + g, 0, 0)
+
     def of_dq(b, h, x, g, *tables):
         # A block keeps its place in VMEM until the index moves on: it waits at the head that writes
         # first, or, when all are written, stays at the last.
@@ -68,8 +74,25 @@ def _specs(
     k, v = (pl.BlockSpec(shape(blocks.macro_k, width), of_key) for width in (C, Cv))
     specs = {"q_in": q, "do_in": do, "k_in": k, "v_in": v, "lse": statistic, "delta": statistic}
     specs |= {"dq": pl.BlockSpec(shape(blocks.macro_q, C), of_dq), "dk": k, "dv": v}
+    for n, term in enumerate(plan.terms):
+        sums = (None, None, group, *term.sums_shape)
+        specs[f"dbias_{n}"] = pl.BlockSpec(sums, lambda b, h, *_: (b, h, 0, 0, 0, 0))
     for operand in plan.operands:
         name, dims = operand.name, operand.dims
+        if dims == "HNX":
+            specs[name] = pl.BlockSpec((None, *operand.shape[1:]), of_head)
+            continue
+        if dims == "BKGTS":
+            has = [size > 1 for size in operand.shape[:3]]
+
+            def of_block(b, h, x, g, *tables, has=has):
+                place = (n if is_own else 0 for n, is_own in zip((b, h, g), has))
+                blocks = (value(tables, column, b, x) for column in ("q_block", "k_block"))
+                return (*place, *blocks)
+
+            block = (None, None, None, blocks.macro_q, blocks.macro_k)
+            specs[name] = specs["dbias"] = pl.BlockSpec(block, of_block)
+            continue
         if dims not in ("BT", "BS"):
             specs[name] = pl.BlockSpec(memory_space=pltpu.SMEM)
             continue
@@ -80,7 +103,21 @@ def _specs(
             (None, number, *row),
             lambda b, h, x, g, *tables, column=column: (b, value(tables, column, b, x), 0, 0),
         )
-    return specs
+    if plan.own is None:
+        return specs
+    return {name: _on_longer_grid(plan, spec) for name, spec in specs.items()}
+
+
+def _on_longer_grid(plan: backward_kernel.Plan, spec: pl.BlockSpec) -> pl.BlockSpec:
+    """Returns a spec for the grid of `plan` by one for rows, key heads, visits and heads of a group."""
+    if spec.index_map is None:
+        return spec
+
+    def index(*ids_and_tables):
+        ids, tables = ids_and_tables[:7], ids_and_tables[7:]
+        return spec.index_map(*plan.place(ids), *tables)
+
+    return pl.BlockSpec(spec.block_shape, index)
 
 
 def _scratch(plan: backward_kernel.Plan, dtype: Any, C: int, Cv: int) -> dict[str, Any]:
@@ -101,6 +138,12 @@ def _scratch(plan: backward_kernel.Plan, dtype: Any, C: int, Cv: int) -> dict[st
         found["do_t"] = (num_q, Cv, blocks.masked_q), dtype
     else:
         found["q_scaled"] = (blocks.macro_q, C), dtype
+    if plan.own is not None:
+        found["bias_sums"] = (num_q, blocks.macro_k, blocks.masked_q), jnp.float32
+    for n, term in enumerate(plan.terms):
+        found[f"bias_tiles_{n}"] = term.tiles_shape, jnp.float32
+        if plan.has_dbias:
+            found[f"bias_sums_{n}"] = term.tiles_shape, jnp.float32
     return {name: pltpu.VMEM(*shape) for name, shape in found.items()}
 
 
@@ -119,6 +162,14 @@ def run(
     tables = (*visits.columns, "tiles")
     # As if half were masked: 2 * C FLOPs for each pair and product.
     num_products = 2 + plan.has_dq + 2 * plan.has_dkv
+    grid, num_inner = (B, K, visits.num_visits, plan.group), 2
+    if plan.own is not None:
+        sizes = B, K, plan.group
+        own, others = (
+            [size if is_own == side else 1 for size, is_own in zip(sizes, plan.own)]
+            for side in (True, False)
+        )
+        grid, num_inner = (*own, visits.num_visits, *others), 4
     num_pairs = B * K * plan.group * plan.num_queries * plan.num_keys // 2
     moved = sum(x.size * x.dtype.itemsize for x in (*arrays.values(), *outs.values()))
     found = pl.pallas_call(
@@ -132,7 +183,7 @@ def run(
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tables),
-            grid=(B, K, visits.num_visits, plan.group),
+            grid=grid,
             in_specs=[specs[name] for name in arrays],
             out_specs=[specs[name] for name in outs],
             scratch_shapes=list(scratch.values()),
@@ -147,29 +198,34 @@ def run(
         ),
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=plan.blocks.vmem_bytes,
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            dimension_semantics=("parallel",) * (len(grid) - num_inner)
+            + ("arbitrary",) * num_inner,
         ),
     )(*visits.columns.values(), visits.tiles, *arrays.values())
     return dict(zip(outs, found, strict=True))
 
 
 def _fits_at_once(
-    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int
+    blocks: backward_visits.Blocks, bias: Any, T: int, group: int, C: int, Cv: int, size: int
 ) -> bool:
     """Whether the queries' gradients of a group fit in VMEM beside all else that the kernel holds."""
     rows, widths = blocks.macro_q + blocks.macro_k, C + Cv
     windows, copies = 4 * size * rows * widths, size * rows * widths + 4 * blocks.macro_k * widths
     tiles = 6 * 4 * blocks.open_q * blocks.open_k
     sums = 4 * group * -(-T // blocks.macro_q) * blocks.macro_q * C
+    if isinstance(bias, tuple):
+        sums += sum(2 * 4 * math.prod(term.tiles_shape) for term in bias)
+    if isinstance(bias, biases.Full):
+        sums += 2 * 4 * blocks.macro_q * blocks.macro_k
     return sums + windows + copies + tiles <= blocks.vmem_bytes
 
 
 def _sized(
-    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int
+    blocks: backward_visits.Blocks, bias: Any, T: int, group: int, C: int, Cv: int, size: int
 ) -> tuple[backward_visits.Blocks, bool]:
     """Returns the blocks, with smaller macro blocks where VMEM asks for them, and if one run will do."""
     found = blocks
-    while not _fits_at_once(found, T, group, C, Cv, size):
+    while not _fits_at_once(found, bias, T, group, C, Cv, size):
         macros = found.macro_q // 2, found.macro_k // 2
         if macros[0] % found.open_q or macros[1] % found.open_k or min(macros) < _LEAST_MACRO:
             break
@@ -205,8 +261,11 @@ def attention(
     blocks: backward_visits.Blocks,
     q_offset: jax.Array | int = 0,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of queries, keys and values, in their shapes and dtypes.
+) -> tuple[jax.Array, jax.Array, jax.Array, biases.Bias | None]:
+    """Returns the gradients of queries, keys and values, in their shapes and dtypes, and of the bias.
+
+    That of slopes is left out, None. That of a full array is made by a run of the kernel of its own,
+    which the compiler leaves out where nobody asks for it; of a table it is a by-product.
 
     Args:
       q_BHTC, k_BKSC, v_BKSC: heads before lengths; H is a multiple of K.
@@ -218,15 +277,17 @@ def attention(
       q_offset: the same slot as in `parts`.
       interpret: run on any platform, slowly.
     """
-    H, T, C = q_BHTC.shape[1:]
+    B, H, T, C = q_BHTC.shape
     K, S, Cv = v_BKSC.shape[1:]
-    blocks, is_at_once = _sized(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize)
     is_c_first = max(C, Cv) < 128
 
     def turned(x):
         return jnp.swapaxes(x, 2, 3) if is_c_first else x
 
-    given = scores_lib.operands(parts, H)
+    bias, flat_from = parts.bias, diagonals.flat_from(parts.bias, blocks.open_k, blocks.open_q)
+    parts, blocks = _with_bias(parts, blocks, q_offset)
+    blocks, is_at_once = _sized(blocks, parts.bias, T, H // K, C, Cv, q_BHTC.dtype.itemsize)
+    given = scores_lib.operands(parts)
     arrays = {"q_in": q_BHTC, "k_in": k_BKSC, "v_in": v_BKSC, "do_in": dy_BHTC}
     arrays = {name: turned(x) for name, x in arrays.items()}
     outs = {
@@ -235,30 +296,95 @@ def attention(
     }
     for name, x_BHT in (("lse", lse_BHT * scores_lib.LOG2E), ("delta", delta_BHT)):
         arrays[name] = _in_pieces(x_BHT, blocks.masked_q, blocks.macro_q)
-    for operand in given:
-        sizes = {
-            "BT": (blocks.masked_q, blocks.macro_q),
-            "BS": (blocks.masked_k, blocks.macro_k),
-        }
-        array = jnp.asarray(operand.array)
-        is_vector = operand.dims in sizes
-        arrays[operand.name] = (
-            _in_pieces(array, *sizes[operand.dims]) if is_vector else array.reshape(-1)
-        )
+    arrays |= {operand.name: _as_argument(operand, blocks) for operand in given}
     bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
-    plan = backward_kernel.Plan(blocks, shell, bare, T, S, H // K, is_c_first, True, True)
+    plan = backward_kernel.Plan(
+        blocks=blocks,
+        parts=shell,
+        operands=bare,
+        num_queries=T,
+        num_keys=S,
+        group=H // K,
+        is_c_first=is_c_first,
+        is_open_flat=flat_from is not None,
+    )
+    if isinstance(bias, biases.Relative):
+        plan = dataclasses.replace(plan, has_dbias=True)
+        for n, term in enumerate(parts.bias):
+            shape = (B, K, H // K, *term.sums_shape)
+            outs[f"dbias_{n}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     runs = [(plan, list(outs))]
     if not is_at_once:
         runs = [
-            (dataclasses.replace(plan, has_dq=False), ["dk", "dv"]),
-            (dataclasses.replace(plan, has_dkv=False), ["dq"]),
+            (dataclasses.replace(plan, has_dq=False), [name for name in outs if name != "dq"]),
+            (dataclasses.replace(plan, has_dkv=False, has_dbias=False), ["dq"]),
         ]
+    if isinstance(bias, biases.Full):
+        array = bias.bias_BKGTS
+        outs["dbias"] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        own = tuple(size > 1 for size in array.shape[:3])
+        alone = dataclasses.replace(plan, has_dq=False, has_dkv=False, has_dbias=True, own=own)
+        runs.append((alone, ["dbias"]))
     found = {}
     for part, names in runs:
         visits = backward_visits.make_visits(
-            parts.mask, T, S, blocks, q_offset, is_q_outer=not part.has_dkv
+            parts.mask,
+            T,
+            S,
+            blocks,
+            q_offset,
+            is_q_outer=not part.has_dkv,
+            flat_from=flat_from,
+            is_everywhere=part.own is not None,
         )
         found |= run(part, visits, arrays, {name: outs[name] for name in names}, interpret)
-    dq, dk, dv = (turned(found[name]) for name in outs)
-    return dq, dk, dv
+    dbias = None
+    if isinstance(bias, biases.Relative):
+        sums = [jnp.sum(found[f"dbias_{n}"], 0) for n in range(len(parts.bias))]
+        dbias = diagonals.gradient(bias, sums, parts.bias, q_offset)
+    elif isinstance(bias, biases.Full):
+        dbias = dataclasses.replace(bias, bias_BKGTS=found["dbias"])
+    return *(turned(found[name]) for name in ("dq", "dk", "dv")), dbias
+
+
+# A full array comes in blocks of so many queries and keys at most.
+_ARRAY_BLOCK = 1024
+
+
+def _with_bias(
+    parts: scores_lib.Parts, blocks: backward_visits.Blocks, q_offset: jax.Array | int
+) -> tuple[scores_lib.Parts, backward_visits.Blocks]:
+    """Returns parts with the bias as the kernel takes it, and blocks that leave room for it."""
+    bias, of_open = parts.bias, (blocks.open_k, blocks.open_q)
+    if bias is None:
+        return parts, blocks
+    if isinstance(bias, biases.Full):
+        macro_k, macro_q = (
+            size * max(1, min(macro, _ARRAY_BLOCK) // size)
+            for macro, size in zip((blocks.macro_k, blocks.macro_q), of_open)
+        )
+        return parts, dataclasses.replace(blocks, macro_q=macro_q, macro_k=macro_k)
+    if isinstance(bias, biases.Relative):
+        of_open = (diagonals.corner(bias, *of_open),) * 2
+    shapes = dict.fromkeys((of_open, (blocks.masked_k, blocks.masked_q)))
+    terms = (diagonals.make(bias, parts.mask, shape, q_offset) for shape in shapes)
+    return dataclasses.replace(parts, bias=tuple(terms)), blocks
+
+
+def table_bytes(bias: biases.Relative, blocks: backward_visits.Blocks) -> int:
+    """Returns the VMEM for the tiles of a table and the sums of its gradient, at most."""
+    corner = diagonals.corner(bias, blocks.open_k, blocks.open_q)
+    shapes = {(corner, corner), (blocks.masked_k, blocks.masked_q)}
+    return sum(2 * 4 * diagonals.most_tiles(bias, *shape) * math.prod(shape) for shape in shapes)
+
+
+def _as_argument(operand: scores_lib.Operand, blocks: backward_visits.Blocks) -> jax.Array:
+    """Returns an operand in the shape that a kernel takes: vectors in pieces, scalars as [1]."""
+    if operand.dims in ("HNX", "BKGTS"):
+        return operand.array
+    if operand.dims == "BT":
+        return _in_pieces(operand.array, blocks.masked_q, blocks.macro_q)
+    if operand.dims == "BS":
+        return _in_pieces(operand.array, blocks.masked_k, blocks.macro_k)
+    return operand.array.reshape(-1)

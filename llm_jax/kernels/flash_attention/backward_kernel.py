@@ -1,14 +1,19 @@
 """The body of the backward kernel; `backward` says how the work lies."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import Any
 from typing import NamedTuple
 
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import backward_bias
 from llm_jax.kernels.flash_attention import backward_visits
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
@@ -22,7 +27,10 @@ class Plan:
 
     Attributes:
       is_c_first: arrays are [C, T].
-      has_dq, has_dkv: which gradients this run makes.
+      is_open_flat: the bias of an open tile is flat but for its corners.
+      has_dq, has_dkv, has_dbias: which gradients this run makes.
+      own: of a run for the gradient of a full array alone, which of B, K, G the array has. The grid
+        walks those, the visits, and then the others, over which the gradient is summed.
     """
 
     blocks: backward_visits.Blocks
@@ -32,8 +40,25 @@ class Plan:
     num_keys: int
     group: int
     is_c_first: bool
-    has_dq: bool
-    has_dkv: bool
+    is_open_flat: bool
+    has_dq: bool = True
+    has_dkv: bool = True
+    has_dbias: bool = False
+    own: tuple[bool, bool, bool] | None = None
+
+    @property
+    def terms(self) -> tuple[diagonals.Diagonals, ...]:
+        """Of a bias by distance, those for open and for masked tiles."""
+        return self.parts.bias if isinstance(self.parts.bias, tuple) else ()
+
+    def place(self, ids: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        """Returns row, key head, visit and head of the group by the place in the grid."""
+        if self.own is None:
+            return tuple(ids)
+        visit = ids[3]
+        # Of two ids for the same dimension one is always 0.
+        b, k_head, g = (ids[n] + ids[n + 4] for n in range(3))
+        return b, k_head, visit, g
 
     @property
     def is_ragged(self) -> bool:
@@ -44,6 +69,21 @@ class Plan:
         """Masked tiles in a macro block: the unit in which [C, T] arrays are cut."""
         blocks = self.blocks
         return blocks.macro_q // blocks.masked_q, blocks.macro_k // blocks.masked_k
+
+    def bias_of(self, is_masked: bool, parts, refs, q_start, k_start, place, shape):
+        """Returns the bias of a tile; `parts.bias` is that of open and of masked ones, or of both.
+
+        Args:
+          place: pieces of queries and keys before it in the macro block.
+        """
+        if isinstance(parts.bias, biases.Full):
+            units = self.blocks.masked_q, self.blocks.masked_k
+            return backward_bias.Array(refs, self.parts.bias.bias_BKGTS, *place, units, shape)
+        index = len(parts.bias) - 1 if is_masked else 0
+        given = refs, index, parts.bias[index], q_start, k_start
+        if self.is_open_flat and not is_masked:
+            return backward_bias.Corners(*given, shape)
+        return backward_bias.WholeTile(*given)
 
 
 class Masking(NamedTuple):
@@ -97,15 +137,17 @@ def _tile(plan: Plan, refs, tile, masking: Masking, place, dq_at) -> None:
             return _wide(ref, i, num_q)
         if operand.dims == "BS":
             return scores_lib.column(_wide(ref, j, num_k))
+        if operand.dims in ("HNX", "BKGTS"):
+            return ref
         return ref[{"B": b, "H": head, "": 0}[operand.dims]]
 
     q_index = q_start + lax.broadcasted_iota(jnp.int32, s_ST.shape, 1)
     k_index = k_start + lax.broadcasted_iota(jnp.int32, s_ST.shape, 0)
     parts = scores_lib.rebuilt(plan.parts, list(plan.operands), piece)
-    t, slope = parts.slots(q_index), None
-    if parts.changes_scores:
-        s_ST, slope = parts.changed(s_ST, t, k_index)
-        s_ST *= scores_lib.LOG2E
+    s_ST, slope = parts.capped(s_ST)
+    if parts.bias is not None:
+        bias = plan.bias_of(is_masked, parts, refs, q_start, k_start, (i, j), s_ST.shape)
+        s_ST, lse_1T = bias.added(s_ST, lse_1T)
     p_ST = jnp.exp2(s_ST - lse_1T)
     if is_masked:  # probabilities, not scores: a query that sees no key has no logsumexp to trust
         t_1T = parts.slots(q_start + lax.broadcasted_iota(jnp.int32, lse_1T.shape, 1))
@@ -120,6 +162,8 @@ def _tile(plan: Plan, refs, tile, masking: Masking, place, dq_at) -> None:
         )
         dropped_ST, dp_ST = p_ST * factors_ST, dp_ST * factors_ST
     ds_ST = p_ST * (dp_ST - delta_1T)
+    if plan.has_dbias:
+        bias.collect(ds_ST)
     if slope is not None:
         ds_ST *= slope
     dropped_ST, ds_ST = dropped_ST.astype(q.dtype), ds_ST.astype(q.dtype)
@@ -175,7 +219,7 @@ def _load(plan: Plan, refs, flags, g, place, dq_at) -> None:
             refs["dq_sum"][pl.ds(dq_at, num_q)] = zeros
 
     # Keys change with every visit where queries are the outer loop, else with the block of keys.
-    @pl.when(is_first_k if plan.has_dkv else g == 0)
+    @pl.when(is_first_k if plan.has_dkv else (g == 0) | (not plan.has_dq))
     def _():
         for n in range(num_k):
             at = slice(n * blocks.masked_k, (n + 1) * blocks.masked_k)
@@ -237,7 +281,8 @@ def kernel(
     row_visits: int,
 ):
     refs = dict(zip(names, refs, strict=True))
-    b, k_head, visit, g = (pl.program_id(n) for n in range(4))
+    ids = [pl.program_id(n) for n in range(4 if plan.own is None else 7)]
+    b, k_head, visit, g = plan.place(ids)
     at = visit + b * row_visits
     column = {name: refs[name][at] for name in columns}
     blocks, head = plan.blocks, k_head * plan.group + g
@@ -248,6 +293,13 @@ def kernel(
     if not plan.is_c_first:
         refs |= {"k": refs["k_in"], "v": refs["v_in"], "do": refs["do_in"]}
     _load(plan, refs, column["flags"], g, place, dq_at)
+    if plan.own is not None:
+        backward_bias.load_array(refs, sum(ids[4:]) == 0)
+    if plan.terms:
+        # Heads of a group take turns at every visit; one alone keeps its tiles through all of them.
+        is_shared = plan.group > 1
+        is_first = visit == 0
+        backward_bias.load(plan.terms, refs, is_first | is_shared, is_first & (g == 0))
 
     def turn(masking, count, first, n, _):
         for m in range(count):
@@ -268,3 +320,10 @@ def kernel(
         if unroll > 1:
             walk(Masking(True, mask), 1, first + turns * unroll, column[f"masked_rest_{n}"])
     _store(plan, refs, column["flags"], g, dq_at)
+    if plan.own is not None:
+        last = sum(pl.num_programs(n) - 1 for n in (4, 5, 6))
+        backward_bias.store_array(refs, sum(ids[4:]) == last)
+    elif plan.has_dbias:
+        is_last = visit == pl.num_programs(2) - 1
+        store = functools.partial(backward_bias.store, plan.terms, refs, g)
+        pl.when(is_last | is_shared)(store)

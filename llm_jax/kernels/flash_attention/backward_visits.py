@@ -91,13 +91,22 @@ def make_visits(
     blocks: Blocks,
     q_offset: Any = 0,
     is_q_outer: bool = False,
+    flat_from: tuple[int, int] | None = None,
+    is_everywhere: bool = False,
 ) -> Visits:
-    """Returns the tables of a mask: numpy constants if it is static, else arrays of this program."""
-    some, is_open = _tiles_by_macro(mask, num_queries, num_keys, blocks, q_offset)
+    """Returns the tables of a mask: numpy constants if it is static, else arrays of this program.
+
+    Args:
+      flat_from: distances, back and ahead of the query; open tiles lie whole beyond one of them. None
+        for no bias, or one that makes no difference between tiles.
+      is_everywhere: visit every macro block, as all of a full array's gradient must be written.
+    """
+    some, is_open = _tiles_by_macro(mask, num_queries, num_keys, blocks, q_offset, flat_from)
     xp = np if isinstance(some, np.ndarray) else jnp
     num_rows, num_i, num_j = some.shape[:3]
     # What is visited must be known now; arrays of the program may visit anything.
-    is_used = np.ones((num_i, num_j), bool) if xp is jnp else some.any((0, -2, -1))
+    is_known = xp is np and not is_everywhere
+    is_used = some.any((0, -2, -1)) if is_known else np.ones((num_i, num_j), bool)
     order = _order(is_used, is_q_outer)
     at_i, at_j = (np.asarray(x) for x in zip(*order))
     which, part_masks = _part_masks(mask, some, is_open, num_keys, blocks, q_offset)
@@ -181,7 +190,12 @@ def _part_masks(
 
 
 def _tiles_by_macro(
-    mask: masks.Mask, num_queries: int, num_keys: int, blocks: Blocks, q_offset: Any
+    mask: masks.Mask,
+    num_queries: int,
+    num_keys: int,
+    blocks: Blocks,
+    q_offset: Any,
+    flat_from: tuple[int, int] | None,
 ) -> tuple[Any, Any]:
     """Returns which small tiles are visited and which large ones are open, by macro block.
 
@@ -195,6 +209,11 @@ def _tiles_by_macro(
     whole_q = (np.arange(shape[0]) + 1) * sizes[0] <= num_queries
     whole_k = (np.arange(shape[1]) + 1) * sizes[1] <= num_keys
     every = every & some & whole_q[:, None] & whole_k
+    if flat_from is not None:
+        least = q_offset + (np.arange(shape[0]) * sizes[0])[:, None]
+        least = least - np.arange(shape[1]) * sizes[1] - (sizes[1] - 1)
+        greatest = least + sizes[0] + sizes[1] - 2
+        every = every & ((least >= flat_from[0]) | (greatest <= -flat_from[1]))
     per_macro = blocks.macro_q // sizes[0], blocks.macro_k // sizes[1]
 
     def by_macro(x):

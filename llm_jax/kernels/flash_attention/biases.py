@@ -33,13 +33,13 @@ class Alibi(Bias):
 
     slopes_KG: Any
 
-    def term(self, t: jax.Array, s: jax.Array) -> jax.Array:
-        """Returns the term for slots that broadcast against each other and against the slopes."""
-        return -self.slopes_KG * jnp.abs(t - s).astype(jnp.float32)
+    def by_distance_KGD(self, distance: jax.Array) -> jax.Array:
+        """Returns the value of each `t - s`, [K, G, *distances]."""
+        slopes = self.slopes_KG.reshape(*self.slopes_KG.shape, *(1,) * distance.ndim)
+        return -slopes * jnp.abs(distance).astype(jnp.float32)
 
     def scores_BKGTS(self, t_T, s_S):
-        spread = dataclasses.replace(self, slopes_KG=self.slopes_KG[..., None, None])
-        return spread.term(t_T[:, None], s_S[None, :])
+        return self.by_distance_KGD(_distance_TS(t_T, s_S))[None]
 
 
 @_bias
@@ -75,11 +75,11 @@ class Relative(Bias):
         return bucket + jnp.where(distance < num_exact, distance, wide)
 
     def by_distance_KGD(self, distance: jax.Array) -> jax.Array:
-        """Returns the value of each `t - s` in a vector, [K, G, distances]."""
+        """Returns the value of each `t - s`, [K, G, *distances]."""
         return jnp.take(self.table_KGU, self.buckets(distance), axis=-1)
 
     def scores_BKGTS(self, t_T, s_S):
-        return jnp.take(self.table_KGU, self.buckets(_distance_TS(t_T, s_S)), axis=-1)[None]
+        return self.by_distance_KGD(_distance_TS(t_T, s_S))[None]
 
 
 @_bias

@@ -16,6 +16,7 @@ After FlashAttention (Dao et al. 2022, algorithm 1) with its online softmax. Thr
    pipeline runs on across visits: each issues the scores of the next one's first tile.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import functools
 
@@ -25,6 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_kernel
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
@@ -41,8 +44,10 @@ _Q_BLOCK, _FIRST = _TABLES.index("q_block"), _TABLES.index("first")
 
 
 def _as_argument(operand: scores_lib.Operand) -> jax.Array:
-    """Returns an operand in the shape that a kernel takes: [B, 1, T or S], [B], [H] or [1]."""
+    """Returns an operand in the shape that a kernel takes: rows as [B, 1, T or S], scalars as [1]."""
     array = operand.array
+    if operand.dims in ("HNX", "BKGTS"):
+        return array
     return array[:, None, :] if operand.dims in ("BT", "BS") else array.reshape(-1)
 
 
@@ -70,6 +75,10 @@ def _specs(visits, blocks, C: int, Cv: int, group: int, given) -> dict[str, pl.B
             return pl.BlockSpec(
                 (1, 1, blocks.q), lambda b, h, x, *tables: (b, 0, tables[_Q_BLOCK][x])
             )
+        if operand.dims == "HNX":
+            return pl.BlockSpec((None, *operand.shape[1:]), lambda b, h, x, *_: (h, 0, 0))
+        if operand.dims == "BKGTS":
+            return of_array(operand.shape)
         if operand.dims != "BS":
             return pl.BlockSpec(memory_space=pltpu.SMEM)
         shape = (1, 1, visits.span)
@@ -79,6 +88,21 @@ def _specs(visits, blocks, C: int, Cv: int, group: int, given) -> dict[str, pl.B
             )
         return pl.BlockSpec(shape, lambda b, h, x, *tables: (b, 0, origin(x, tables)))
 
+    def of_array(shape):
+        """A bias array: rows and heads that share it read the same block."""
+        has = [size > 1 for size in shape[:3]]
+        rows, columns, step = blocks.q, visits.span, 1
+        if visits.num_past is not None:  # elements, and not blocks, are what the index counts
+            rows, step = pl.Element(blocks.q, (0, -shape[3] % blocks.q)), blocks.q
+            columns = pl.Element(visits.span, (0, visits.num_past))
+
+        def index(b, h, x, *tables):
+            place = b, lax.div(h, group), lax.rem(h, group)
+            own = (at if is_own else 0 for at, is_own in zip(place, has))
+            return (*own, tables[_Q_BLOCK][x] * step, origin(x, tables))
+
+        return pl.BlockSpec((None, None, None, rows, columns), index)
+
     specs = {
         "q": pl.BlockSpec((1, 1, blocks.q, C), of_query),
         "k": keys(C),
@@ -87,15 +111,19 @@ def _specs(visits, blocks, C: int, Cv: int, group: int, given) -> dict[str, pl.B
     return specs | {operand.name: of_operand(operand) for operand in given}
 
 
-def _scratch(blocks, C: int, Cv: int, keys: int, dtype) -> dict[str, tuple]:
-    return {
+def _scratch(blocks, C: int, Cv: int, keys: int, dtype, parts) -> dict[str, tuple]:
+    num_ones = 0 if parts.dropout is not None else forward_kernel.ONES
+    found = {
         "q_scaled": ((blocks.q, C), dtype),
-        "v_t": ((Cv, keys), dtype),
+        "v_t": ((Cv + num_ones, keys), dtype),
         "m": ((1, blocks.q), jnp.float32),
         "l": ((1, blocks.q), jnp.float32),
         "o_t": ((Cv, blocks.q), jnp.float32),
         "scores": ((blocks.slots, blocks.kv, blocks.tile), jnp.float32),
     }
+    if isinstance(parts.bias, tuple):
+        found["bias_tiles"] = (parts.bias[0].tiles_shape, jnp.float32)
+    return found
 
 
 def attention(
@@ -107,6 +135,7 @@ def attention(
     visits: forward_visits.Visits,
     blocks: forward_visits.Blocks,
     sinks_H: jax.Array | None = None,
+    q_offset: jax.Array | int = 0,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the kernel on one device.
@@ -117,6 +146,7 @@ def attention(
       visits: from `forward_visits.make_visits`, with the same mask and blocks.
       blocks: fitted to T.
       sinks_H: float32.
+      q_offset: the same slot as in `parts`.
       interpret: run on any platform, slowly.
 
     Returns:
@@ -125,8 +155,12 @@ def attention(
     """
     B, H, T, C = q_BHTC.shape
     K, S, Cv = v_BKSC.shape[1:]
-    group = H // K
-    given = scores_lib.operands(parts, H)
+    group, bias = H // K, parts.bias
+    if isinstance(bias, biases.Alibi | biases.Relative):
+        shape = (blocks.chunk, blocks.tile)
+        terms = (diagonals.make(bias, parts.mask, shape, q_offset),)
+        parts = dataclasses.replace(parts, bias=terms)
+    given = scores_lib.operands(parts)
     specs = _specs(visits, blocks, C, Cv, group, given)
     arguments = [q_BHTC, k_BKSC, v_BKSC, *(_as_argument(operand) for operand in given)]
     if sinks_H is not None:
@@ -138,7 +172,7 @@ def attention(
             (1, 1, 1, blocks.q), lambda b, h, x, *tables: (b, h, 0, tables[_Q_BLOCK][x])
         ),
     }
-    scratch = _scratch(blocks, C, Cv, visits.span, q_BHTC.dtype)
+    scratch = _scratch(blocks, C, Cv, visits.span, q_BHTC.dtype, parts)
     # The operands' arrays are arguments of the call; the kernel's body must not close over them.
     bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
     shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
@@ -162,7 +196,7 @@ def attention(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(C, Cv, visits.span, blocks, q_BHTC.dtype),
+            vmem_limit_bytes=vmem_bytes(C, Cv, visits.span, blocks, q_BHTC.dtype, bias),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_pairs * (C + Cv), transcendentals=num_pairs, bytes_accessed=moved
@@ -180,29 +214,56 @@ def fitted(
     widths: tuple[int, int],
     dtype,
     q_offset: jax.Array | int = 0,
+    bias: biases.Bias | None = None,
 ) -> forward_visits.Blocks | None:
     """Returns the sizes for `lengths` T and S and `widths` of queries and values, None if none fits.
 
     Keys and values of a head lie in VMEM if they fit, else they come in spans for each block of queries.
+    Beside a full array these blocks become smaller.
     """
     whole, band = blocks.fit(lengths[0]), forward_visits.fitted(blocks, mask, *lengths, q_offset)
     spans = () if blocks.span is not None else (16, 8, 4, 2, 1)
-    parted = (dataclasses.replace(whole, span=count * whole.kv) for count in spans)
-    for sizes in (band, whole, *parted):
-        keys = sizes.span or -(-lengths[1] // sizes.kv) * sizes.kv
-        if vmem_bytes(*widths, keys, sizes, dtype) <= VMEM_LIMIT:
-            return sizes
+    parted = [dataclasses.replace(whole, span=count * whole.kv) for count in spans]
+    has_array = isinstance(bias, biases.Full)
+    for limit in (VMEM_LIMIT // 2, VMEM_LIMIT) if has_array else (VMEM_LIMIT,):
+        for sizes in (band, whole, *parted):
+            keys = sizes.span or -(-lengths[1] // sizes.kv) * sizes.kv
+            for smaller in _smaller(sizes) if has_array else (sizes,):
+                if vmem_bytes(*widths, keys, smaller, dtype, bias) <= limit:
+                    return smaller
     return None
 
 
-def vmem_bytes(C: int, Cv: int, keys: int, blocks: forward_visits.Blocks, dtype) -> int:
+def _smaller(blocks: forward_visits.Blocks) -> Iterator[forward_visits.Blocks]:
+    """Yields the sizes with fewer and fewer queries."""
+    yield blocks
+    while blocks.q % (2 * blocks.tile * blocks.slots) == 0:
+        blocks = dataclasses.replace(blocks, q=blocks.q // 2)
+        yield blocks
+
+
+def vmem_bytes(
+    C: int,
+    Cv: int,
+    keys: int,
+    blocks: forward_visits.Blocks,
+    dtype,
+    bias: biases.Bias | None = None,
+) -> int:
     """Returns the VMEM to ask for: all buffers, twice where they are pipelined, and room to spill."""
 
     def lanes(width: int) -> int:
         return -(-width // 128) * 128
 
     size = jnp.dtype(dtype).itemsize
-    resident = 2 * keys * (lanes(C) + lanes(Cv)) * size + keys * Cv * size
+    resident = 2 * keys * (lanes(C) + lanes(Cv)) * size
+    resident += keys * (Cv + forward_kernel.ONES) * size
     rows = blocks.q * (3 * lanes(C) + 2 * lanes(Cv)) * size + blocks.q * (Cv + 32) * 4
     buffers = blocks.slots * blocks.kv * blocks.tile * 4
+    if isinstance(bias, biases.Full):
+        buffers += 2 * blocks.q * lanes(keys) * bias.bias_BKGTS.dtype.itemsize
+    elif bias is not None:
+        buffers += (
+            diagonals.most_tiles(bias, blocks.chunk, blocks.tile) * blocks.chunk * blocks.tile * 4
+        )
     return resident + rows + buffers + 12 * _MIB

@@ -8,6 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
+from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
@@ -15,6 +17,9 @@ from llm_jax.kernels.flash_attention import scores as scores_lib
 EMPTY = -1e30
 # Score of a masked pair, so much lower that exp2(MASKED - EMPTY) is 0: such a query sums to 0.
 _MASKED = -3e38
+# Rows of ones below v^T, as many as a register of bfloat16 has: their product with the probabilities is
+# the sum of those, which the matrix unit has room for and the vector unit has not.
+ONES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,16 @@ class Static:
         """Whether each span is seen by one visit, so that nothing is gained by preparing it."""
         is_single = all(kind.is_first and kind.is_last for kind in self.visits.kinds)
         return is_single and self.visits.num_past is not None
+
+    @property
+    def terms(self) -> tuple[diagonals.Diagonals, ...]:
+        """Of a bias by distance, that for chunks."""
+        return self.parts.bias if isinstance(self.parts.bias, tuple) else ()
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether scores are changed before the softmax, apart from scale and mask."""
+        return self.parts.softcap is not None or self.parts.bias is not None
 
 
 class _Tile:
@@ -133,7 +148,8 @@ class _Visit:
         self.transposed.add(c)
         start = self.starts[r, c]
         at, left = self.keys(start), self.static.num_keys - start
-        self.refs["v_t"][:, at] = _inside(self.static, self.refs["v"][at, :], left).T
+        v_SC = _inside(self.static, self.refs["v"][at, :], left)
+        self.refs["v_t"][: v_SC.shape[1], at] = v_SC.T
 
     def scores(self, r: int, c: int):
         """Stage 1: the scores of a chunk into their buffer, and their maximum."""
@@ -144,11 +160,14 @@ class _Visit:
             x_SR = buffer[...]  # issued by the visit before, as they come
         else:
             x_SR = new = self.product(r, self.starts[r, c])
-        if is_masked or self.static.parts.changes_scores:
+        if is_masked or self.static.changes_scores:
             x_SR = new = self.adjusted(x_SR, r, c, is_masked)
         if new is not None:
             buffer[...] = new
         top = jnp.max(x_SR, axis=0, keepdims=True)
+        shift = self.shift(r, c)
+        if shift is not None:
+            top += shift
         tile.m = top if tile.m is None else jnp.maximum(tile.m, top)
 
     def indices(self, r: int, c: int):
@@ -172,25 +191,43 @@ class _Visit:
                 return ref[0, :, self.queries(r)]
             if operand.dims == "BS":
                 return scores_lib.column(ref[0, :, self.keys(self.starts[r, c])])
+            if operand.dims in ("HNX", "BKGTS"):
+                return ref
             return ref[{"B": self.b, "H": self.h, "": 0}[operand.dims]]
 
         return scores_lib.rebuilt(self.static.parts, self.static.operands, piece)
 
     def adjusted(self, x_SR, r: int, c: int, is_masked: bool):
         """Returns scores, to the base 2, after soft-cap, bias and, in masked parts, the mask."""
-        q_index, s = self.indices(r, c)
         parts = self.parts(r, c)
-        t = parts.slots(q_index)
-        if parts.changes_scores:
-            x_SR = parts.changed(x_SR, t, s)[0] * scores_lib.LOG2E
+        x_SR, _ = parts.capped(x_SR)
+        if isinstance(parts.bias, biases.Full):
+            bias_RS = parts.bias.bias_BKGTS[self.queries(r), self.keys(self.starts[r, c])]
+            x_SR += diagonals.transposed(bias_RS)
+        elif parts.bias is not None:
+            x_SR += self.refs["bias_tiles"][self.bias_place(parts, r, c)[0]]
         if not is_masked:
             return x_SR
+        _, s = self.indices(r, c)
         masks, row = self.static.visits.part_masks, parts.slots(self.rows(r))
         mask = masks[self.pattern[r][c] - forward_visits.PART] if masks else parts.mask
         is_allowed = mask.allowed(row, s)
         if self.static.has_rest:  # keys past the end hold anything, NaN too
             is_allowed &= s < self.static.num_keys
         return jnp.where(is_allowed, x_SR, _MASKED)
+
+    def bias_place(self, parts, r: int, c: int):
+        """Returns which tile of the bias a chunk needs, and how many steps past it the chunk lies."""
+        q_start = self.i * self.blocks.q + r * self.blocks.tile
+        return parts.bias[0].place(q_start, self.starts[r, c])
+
+    def shift(self, r: int, c: int):
+        """Returns what the scores of a whole chunk lack, a scalar, or None for nothing."""
+        terms = self.static.terms
+        if not terms or terms[0].slopes_H is None:
+            return None
+        parts = self.parts(r, c)
+        return parts.bias[0].shift(self.bias_place(parts, r, c)[1])
 
     def before(self):
         """Maximum and sum before the first key: of nothing, or of the sink, a key without a value."""
@@ -210,16 +247,21 @@ class _Visit:
 
     def softmax(self, r: int, c: int):
         """Stage 3: the probabilities of a chunk."""
-        tile, at = self.tiles[r], self.queries(r)
-        p_SR = jnp.exp2(self.buffer(self.slot[r], c)[...] - tile.m)
-        total = jnp.sum(p_SR, axis=0, keepdims=True)
-        tile.l = total if tile.l is None else tile.l + total
+        tile, shift = self.tiles[r], self.shift(r, c)
+        top = tile.m if shift is None else tile.m - shift
+        p_SR = jnp.exp2(self.buffer(self.slot[r], c)[...] - top)
         if self.static.parts.dropout is not None:
             q_index, k_index = self.indices(r, c)
             parts = self.parts(r, c)
+            self.add_sum(r, c, jnp.sum(p_SR, axis=0, keepdims=True))
             row, head = self.b + parts.row_offset, self.h + parts.head_offset
             p_SR *= parts.dropout.factors(row, head, q_index, k_index)
         tile.p[c] = p_SR.astype(self.refs["v"].dtype)
+
+    def add_sum(self, r: int, c: int, total_1R):
+        """Adds the sum of the probabilities of a chunk, before dropout."""
+        tile, at = self.tiles[r], self.queries(r)
+        tile.l = total_1R if tile.l is None else tile.l + total_1R
         if c == self.work[r][-1]:
             if tile.alpha is not None:
                 old = self.before()[1] if self.is_first else self.refs["l"][:, at]
@@ -233,6 +275,10 @@ class _Visit:
         o_CR = scores_lib.dot(
             self.refs["v_t"][:, self.keys(self.starts[r, c])], tile.p.pop(c), ((1,), (0,))
         )
+        if self.static.parts.dropout is None:  # the sum is the product with the rows of ones
+            width = self.refs["o"].shape[-1]
+            self.add_sum(r, c, o_CR[width : width + 1])
+            o_CR = o_CR[:width]
         tile.o = o_CR if tile.o is None else tile.o + o_CR
         if c == self.work[r][-1]:
             if not self.is_first:
@@ -323,7 +369,7 @@ def _transpose_values(static: Static, v_ref, vt_ref, num_keys) -> None:
     def move(j, _):
         base = pl.multiple_of(j * block, block)
         v_SC = _inside(static, v_ref[pl.ds(base, block), :], num_keys - base)
-        vt_ref[:, pl.ds(base, block)] = v_SC.T
+        vt_ref[: v_ref.shape[-1], pl.ds(base, block)] = v_SC.T
 
     lax.fori_loop(0, static.visits.span // block, move, None)
 
@@ -341,6 +387,14 @@ def kernel(*refs, static: Static, names: tuple[str, ...]):
         is_new |= (flags & forward_visits.NEW_HEAD != 0) & (lax.rem(h, static.group) == 0)
         left = static.num_keys - origin
         pl.when(is_new)(lambda: _transpose_values(static, refs["v"], refs["v_t"], left))
+
+    @pl.when(step == 0)
+    def _():
+        width, (rows, keys) = refs["v"].shape[-1], refs["v_t"].shape
+        if rows > width:
+            refs["v_t"][width:, :] = jnp.ones((rows - width, keys), refs["v_t"].dtype)
+        for term in static.terms:
+            term.fill(refs["bias_tiles"], refs[term.values_HNX])
 
     row = b * pl.num_programs(2) + step if visits.is_per_row else step
     ends = [

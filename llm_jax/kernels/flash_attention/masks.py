@@ -37,6 +37,10 @@ def _hi(x: Any) -> Any:
     return x.hi if isinstance(x, Interval) else x
 
 
+# Of an array before it is there.
+_UNKNOWN = Interval(int(_INT32.min), int(_INT32.max))
+
+
 class Bounds(NamedTuple):
     """What intervals tell about a block: whether `some` pair may attend, whether `all` pairs do.
 
@@ -300,11 +304,18 @@ def seen_blocks(
 
     Booleans [num_q_blocks, num_k_blocks].
     """
-    unknown = Interval(int(_INT32.min), int(_INT32.max))
     t, s = _blocks(num_queries, q_block, q_offset), _blocks(num_keys, k_block)
     t = Interval(t.lo[:, None], t.hi[:, None])
-    some = map_arrays(lambda dims, array: unknown, mask).bounds(t, s).some
+    some = map_arrays(lambda dims, array: _UNKNOWN, mask).bounds(t, s).some
     return np.broadcast_to(some, (len(t.hi), len(s.hi)))
+
+
+def sees_past_alone(mask: Mask) -> bool:
+    """Returns whether no query sees a slot after its own, whatever the arrays hold."""
+    # Bounds depend on slots through their difference, and through arrays, which are unknown.
+    after = Interval(1, int(_INT32.max) // 2)
+    some = map_arrays(lambda dims, array: _UNKNOWN, mask).bounds(Interval(0, 0), after).some
+    return not np.any(some)
 
 
 def visible_keys(mask: Mask, queries: range, num_keys: int, q_offset: int, block: int) -> range:

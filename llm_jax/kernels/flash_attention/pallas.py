@@ -58,9 +58,7 @@ def attention(
     Raises:
       ValueError: a device without kernels, or a score, length or sharding that they do not take.
     """
-    chosen = blocks or blocks_lib.for_device(
-        device_kind, q_BTKGC.shape[-1], q_BTKGC.shape[1]
-    )
+    chosen = blocks or blocks_lib.for_device(device_kind, q_BTKGC.shape[-1], q_BTKGC.shape[1])
     reason = refusal(q_BTKGC, v_BSKC, bias, chosen)
     if reason is not None:
         raise ValueError(f"attention 'pallas' {reason}; use 'chunked'")
@@ -81,17 +79,24 @@ def refusal(
     q_BTKGC: jax.Array, v_BSKC: jax.Array, bias: biases.Bias | None, blocks: blocks_lib.Blocks
 ) -> str | None:
     """Returns why the kernels do not take these arguments, or None where they do."""
-    if not isinstance(bias, biases.Alibi | None):
-        return f"takes no bias of kind {type(bias).__name__}"
     spec = jax.typeof(q_BTKGC).sharding.spec
     if placement.is_cut((*spec, None, None)[1]):
         return f"needs whole sequences, queries are sharded {spec}"
     lengths, widths = (q_BTKGC.shape[1], v_BSKC.shape[1]), (q_BTKGC.shape[-1], v_BSKC.shape[-1])
-    if forward.fitted(blocks.forward, masks.full(), lengths, widths, q_BTKGC.dtype) is None:
+    full, dtype = masks.full(), q_BTKGC.dtype
+    if forward.fitted(blocks.forward, full, lengths, widths, dtype, bias=bias) is None:
+        beside = "" if bias is None else f" beside a bias of kind {type(bias).__name__}"
         return (
             f"holds {blocks.forward.kv} keys and values of a head in VMEM: widths {widths[0]} and"
-            f" {widths[1]} need more than {forward.VMEM_LIMIT >> 20} MiB"
+            f" {widths[1]} need more than {forward.VMEM_LIMIT >> 20} MiB{beside}"
         )
+    if isinstance(bias, biases.Relative):
+        needed = backward.table_bytes(bias, blocks.backward)
+        if needed > blocks.backward.vmem_bytes // 2:
+            return (
+                f"holds tiles of a table in VMEM: distances to {bias.max_distance} need"
+                f" {needed >> 20} MiB of {blocks.backward.vmem_bytes >> 21}"
+            )
     return None
 
 
@@ -117,7 +122,8 @@ def _on_each_device(
     Keys and values, and what belongs to rows and heads, lie as the queries do.
 
     Args:
-      local: called with the axes that rows and key heads are cut over, and this device's pieces.
+      local: called with the axes that rows, key heads and groups are cut over, and this device's
+        pieces.
       outs: letters of the results.
       more: pairs of letters and array, after the arguments of the attention.
     """
@@ -126,7 +132,7 @@ def _on_each_device(
     if dropout is not None and placement.is_cut(g_axes):
         raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
     axes = {"B": row_axes, "T": length_axes, "K": k_axes, "G": g_axes}
-    local = functools.partial(local, row_axes, k_axes)
+    local = functools.partial(local, row_axes, k_axes, g_axes)
     if row_axes is None and k_axes is None and g_axes is None:
         extra = (array for _, array in more)
         return local(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
@@ -171,18 +177,20 @@ def _offset(axes: str | Sequence[str] | None, size: int) -> jax.Array:
 
 
 def _forward_on_one_device(
-    static, row_axes, k_axes, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
+    static, row_axes, k_axes, _, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
 ):
     B, T, K, G, _ = q_BTKGC.shape
     offset = static.q_offset if q_offset is None else q_offset
     S, widths = k_BSKC.shape[1], (q_BTKGC.shape[-1], v_BSKC.shape[-1])
-    blocks = forward.fitted(static.blocks.forward, mask, (T, S), widths, q_BTKGC.dtype, offset)
+    sizes = static.blocks.forward
+    blocks = forward.fitted(sizes, mask, (T, S), widths, q_BTKGC.dtype, offset, bias)
     y_BHTC, lse_BHT = forward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
         parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
         visits=forward_visits.make_visits(mask, T, S, blocks, offset),
         blocks=blocks,
         sinks_H=None if sinks_KG is None else sinks_KG.reshape(-1),
+        q_offset=offset,
         interpret=static.is_interpreted,
     )
     y_BTKGC = jnp.swapaxes(y_BHTC, 1, 2).reshape(B, T, K, G, -1)
@@ -191,8 +199,10 @@ def _forward_on_one_device(
 
 def _backward_on_one_device(
     static,
+    is_shared,
     row_axes,
     k_axes,
+    g_axes,
     q_BTKGC,
     k_BSKC,
     v_BSKC,
@@ -207,7 +217,7 @@ def _backward_on_one_device(
 ):
     del sinks_KG  # the logsumexp holds them
     B, T, K, G, _ = q_BTKGC.shape
-    dq, dk, dv = backward.attention(
+    dq, dk, dv, dbias = backward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC, dy_BTKGC)),
         lse_BKGT.reshape(B, K * G, T),
         delta_BKGT.reshape(B, K * G, T),
@@ -216,11 +226,18 @@ def _backward_on_one_device(
         blocks=static.blocks.backward.fit(T, k_BSKC.shape[1]),
         interpret=static.is_interpreted,
     )
-    return (
+    found = (
         jnp.swapaxes(dq, 1, 2).reshape(q_BTKGC.shape),
         jnp.swapaxes(dk, 1, 2),
         jnp.swapaxes(dv, 1, 2),
     )
+    if dbias is None:
+        return found
+    (array,) = jax.tree.leaves(dbias)
+    for axes, is_summed in zip((row_axes, k_axes, g_axes), is_shared):
+        if axes is not None and is_summed:  # rows and heads that share a value, wherever they lie
+            array = jax.lax.psum(array, axes)
+    return *found, array
 
 
 def _backward(static, residuals, dy_BTKGC):
@@ -229,15 +246,25 @@ def _backward(static, residuals, dy_BTKGC):
     delta_BTKG = jnp.sum(dy_BTKGC.astype(jnp.float32) * y_BTKGC.astype(jnp.float32), -1)
     delta_BKGT = jnp.moveaxis(delta_BTKG, 1, 3)
     more = ("BTKGC", dy_BTKGC), ("BKGT", lse_BKGT), ("BKGT", delta_BKGT)
-    local = functools.partial(_backward_on_one_device, static)
-    dq, dk, dv = _on_each_device(local, ("BTKGC", "BSKC", "BSKC"), *arrays, *more)
+    outs, is_shared = ["BTKGC", "BSKC", "BSKC"], (True, False, False)
+    if isinstance(bias, biases.Relative):
+        outs.append("KGU")
+    elif isinstance(bias, biases.Full):
+        is_shared = tuple(size == 1 for size in bias.bias_BKGTS.shape[:3])
+        letters = ("1" if is_one else letter for letter, is_one in zip("BKG", is_shared))
+        outs.append("".join(letters) + "TS")
+    local = functools.partial(_backward_on_one_device, static, is_shared)
+    dq, dk, dv, *made = _on_each_device(local, outs, *arrays, *more)
     dsinks = None
     if sinks_KG is not None:
         # A sink is a key whose value is zero: its weight times what the others lose to it.
         weights_BKGT = jnp.exp(sinks_KG[..., None] - lse_BKGT)
         dsinks = -jnp.sum(weights_BKGT * delta_BKGT, axis=(0, 3)).astype(sinks_KG.dtype)
     dmask, ddropout, doffset = (jax.tree.map(_no_gradient, x) for x in (mask, dropout, q_offset))
-    dbias = _bias_gradient(static, arrays, dy_BTKGC)
+    if made:
+        dbias = jax.tree.unflatten(jax.tree.structure(bias), made)
+    else:
+        dbias = _bias_gradient(static, arrays, dy_BTKGC)
     return dq, dk, dv, dmask, dbias, dsinks, ddropout, doffset
 
 

@@ -15,6 +15,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import masks
 
@@ -27,7 +28,8 @@ class Parts:
     """All of an attention that is neither queries, keys nor values.
 
     Attributes:
-      mask, bias, dropout: as in `reference.attention`; of biases, slopes alone.
+      mask, dropout: as in `reference.attention`.
+      bias: as there; inside a kernel, what `diagonals` makes of it for each shape of tiles.
       q_offset: slot of the first query, int32 scalar; None where it is `static_offset`.
       row_offset, head_offset: of this device's rows and heads in the whole batch, int32 scalars that
         dropout counts from; None without dropout.
@@ -35,7 +37,7 @@ class Parts:
     """
 
     mask: masks.Mask
-    bias: biases.Alibi | None
+    bias: biases.Bias | tuple[diagonals.Diagonals, ...] | None
     dropout: dropout_lib.Dropout | None
     q_offset: Any
     row_offset: Any
@@ -45,29 +47,23 @@ class Parts:
     static_offset: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
-    def changes_scores(self) -> bool:
-        """Whether scores are changed before the softmax, apart from scale and mask."""
-        return self.softcap is not None or self.bias is not None
-
-    @property
     def query_factor(self) -> float:
-        """Folded into the queries: with the base-2 exponent too, unless scores are changed after.
+        """Folded into the queries: with the base-2 exponent too, unless scores are capped after.
 
         Both kernels round the queries after it, so that the backward pass meets the same scores.
         """
-        return self.scale * (1.0 if self.changes_scores else LOG2E)
+        return self.scale * (LOG2E if self.softcap is None else 1.0)
 
     def slots(self, q_index: jax.Array) -> jax.Array:
         """Returns the slots of queries by their place in the array."""
         return q_index + (self.static_offset if self.q_offset is None else self.q_offset)
 
-    def changed(self, scores: jax.Array, t: jax.Array, s: jax.Array) -> tuple[jax.Array, Any]:
-        """Returns scaled scores after soft-cap and bias, and the derivative of the cap or None."""
-        slope = None
-        if self.softcap is not None:
-            capped = jnp.tanh(scores / self.softcap)
-            scores, slope = capped * self.softcap, 1.0 - capped * capped
-        return scores if self.bias is None else scores + self.bias.term(t, s), slope
+    def capped(self, scores: jax.Array) -> tuple[jax.Array, Any]:
+        """Returns scores to the base 2 after the soft-cap, and the derivative of the cap or None."""
+        if self.softcap is None:
+            return scores, None
+        capped = jnp.tanh(scores * (1.0 / self.softcap))
+        return capped * (self.softcap * LOG2E), 1.0 - capped * capped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +72,25 @@ class Operand:
 
     Attributes:
       name: its own among the operands.
-      dims: "BT" for each query, "BS" for each key, "B" a row, "H" a head, "" a scalar.
+      dims: "BT" for each query, "BS" for each key, "B" a row, "H" a head, "HNX" tables of a head,
+        "" a scalar.
+      array: None where only the shape is known.
     """
 
     name: str
     dims: str
     array: Any
+    shape: tuple[int, ...]
 
 
-def operands(parts: Parts, num_heads: int) -> list[Operand]:
-    """Returns the arrays of `parts` in the order of its leaves, heads in one dimension."""
+def operands(parts: Parts) -> list[Operand]:
+    """Returns the arrays of `parts` in the order of its leaves."""
     found = []
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(parts)):
         field = path[-1].name
         suffix = field.rpartition("_")[2]
-        dims = {"KG": "H"}.get(suffix, suffix if suffix.isupper() else "")
-        array = jnp.asarray(leaf)
-        array = array.reshape(num_heads) if dims == "H" else array
-        found.append(Operand(f"{field}_{index}", dims, array))
+        dims = suffix if suffix.isupper() else ""
+        found.append(Operand(f"{field}_{index}", dims, jnp.asarray(leaf), jnp.shape(leaf)))
     return found
 
 
