@@ -206,26 +206,26 @@ def run(
 
 
 def _fits_at_once(
-    blocks: backward_visits.Blocks, bias: Any, T: int, group: int, C: int, Cv: int, size: int
+    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int, taken: int
 ) -> bool:
     """Whether the queries' gradients of a group fit in VMEM beside all else that the kernel holds."""
     rows, widths = blocks.macro_q + blocks.macro_k, C + Cv
     windows, copies = 4 * size * rows * widths, size * rows * widths + 4 * blocks.macro_k * widths
     tiles = 6 * 4 * blocks.open_q * blocks.open_k
     sums = 4 * group * -(-T // blocks.macro_q) * blocks.macro_q * C
-    if isinstance(bias, tuple):
-        sums += sum(2 * 4 * math.prod(term.tiles_shape) for term in bias)
-    if isinstance(bias, biases.Full):
-        sums += 2 * 4 * blocks.macro_q * blocks.macro_k
-    return sums + windows + copies + tiles <= blocks.vmem_bytes
+    return sums + windows + copies + tiles + taken <= blocks.vmem_bytes
 
 
 def _sized(
-    blocks: backward_visits.Blocks, bias: Any, T: int, group: int, C: int, Cv: int, size: int
+    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int, taken: int
 ) -> tuple[backward_visits.Blocks, bool]:
-    """Returns the blocks, with smaller macro blocks where VMEM asks for them, and if one run will do."""
+    """Returns the blocks, with smaller macro blocks where VMEM asks for them, and if one run will do.
+
+    Args:
+      taken: bytes for the bias.
+    """
     found = blocks
-    while not _fits_at_once(found, bias, T, group, C, Cv, size):
+    while not _fits_at_once(found, T, group, C, Cv, size, taken):
         macros = found.macro_q // 2, found.macro_k // 2
         if macros[0] % found.open_q or macros[1] % found.open_k or min(macros) < _LEAST_MACRO:
             break
@@ -286,7 +286,9 @@ def attention(
 
     bias, flat_from = parts.bias, diagonals.flat_from(parts.bias, blocks.open_k, blocks.open_q)
     parts, blocks = _with_bias(parts, blocks, q_offset)
-    blocks, is_at_once = _sized(blocks, parts.bias, T, H // K, C, Cv, q_BHTC.dtype.itemsize)
+    terms = parts.bias if isinstance(parts.bias, tuple) else ()
+    taken = _bytes_taken(bias, terms, blocks)
+    blocks, is_at_once = _sized(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize, taken)
     given = scores_lib.operands(parts)
     arrays = {"q_in": q_BHTC, "k_in": k_BKSC, "v_in": v_BKSC, "do_in": dy_BHTC}
     arrays = {name: turned(x) for name, x in arrays.items()}
@@ -309,25 +311,13 @@ def attention(
         is_c_first=is_c_first,
         is_open_flat=flat_from is not None,
     )
-    if isinstance(bias, biases.Relative):
-        plan = dataclasses.replace(plan, has_dbias=True)
-        for n, term in enumerate(parts.bias):
-            shape = (B, K, H // K, *term.sums_shape)
-            outs[f"dbias_{n}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    runs = [(plan, list(outs))]
-    if not is_at_once:
-        runs = [
-            (dataclasses.replace(plan, has_dq=False), [name for name in outs if name != "dq"]),
-            (dataclasses.replace(plan, has_dkv=False, has_dbias=False), ["dq"]),
-        ]
+    for n, term in enumerate(terms if isinstance(bias, biases.Relative) else ()):
+        shape = (B, K, H // K, *term.sums_shape)
+        outs[f"dbias_{n}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if isinstance(bias, biases.Full):
-        array = bias.bias_BKGTS
-        outs["dbias"] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        own = tuple(size > 1 for size in array.shape[:3])
-        alone = dataclasses.replace(plan, has_dq=False, has_dkv=False, has_dbias=True, own=own)
-        runs.append((alone, ["dbias"]))
+        outs["dbias"] = jax.ShapeDtypeStruct(bias.bias_BKGTS.shape, bias.bias_BKGTS.dtype)
     found = {}
-    for part, names in runs:
+    for part, names in _runs(plan, bias, list(outs), is_at_once):
         visits = backward_visits.make_visits(
             parts.mask,
             T,
@@ -341,11 +331,41 @@ def attention(
         found |= run(part, visits, arrays, {name: outs[name] for name in names}, interpret)
     dbias = None
     if isinstance(bias, biases.Relative):
-        sums = [jnp.sum(found[f"dbias_{n}"], 0) for n in range(len(parts.bias))]
-        dbias = diagonals.gradient(bias, sums, parts.bias, q_offset)
+        sums = [jnp.sum(found[f"dbias_{n}"], 0) for n in range(len(terms))]
+        dbias = diagonals.gradient(bias, sums, terms, q_offset)
     elif isinstance(bias, biases.Full):
         dbias = dataclasses.replace(bias, bias_BKGTS=found["dbias"])
     return *(turned(found[name]) for name in ("dq", "dk", "dv")), dbias
+
+
+def _runs(
+    plan: backward_kernel.Plan, bias: biases.Bias | None, outs: list[str], is_at_once: bool
+) -> list[tuple[backward_kernel.Plan, list[str]]]:
+    """Returns the runs of the kernel, with the names of what each makes."""
+    names = [name for name in outs if name != "dbias"]
+    plan = dataclasses.replace(plan, has_dbias=isinstance(bias, biases.Relative))
+    runs = [(plan, names)]
+    if not is_at_once:
+        runs = [
+            (dataclasses.replace(plan, has_dq=False), [name for name in names if name != "dq"]),
+            (dataclasses.replace(plan, has_dkv=False, has_dbias=False), ["dq"]),
+        ]
+    if isinstance(bias, biases.Full):
+        own = tuple(size > 1 for size in bias.bias_BKGTS.shape[:3])
+        alone = dataclasses.replace(plan, has_dq=False, has_dkv=False, has_dbias=True, own=own)
+        runs.append((alone, ["dbias"]))
+    return runs
+
+
+def _bytes_taken(
+    bias: biases.Bias | None,
+    terms: tuple[diagonals.Diagonals, ...],
+    blocks: backward_visits.Blocks,
+) -> int:
+    """Returns the VMEM for a bias: blocks of an array, or tiles by distance and as many sums."""
+    if isinstance(bias, biases.Full):
+        return 2 * 4 * blocks.macro_q * blocks.macro_k
+    return sum(2 * 4 * math.prod(term.tiles_shape) for term in terms)
 
 
 # A full array comes in blocks of so many queries and keys at most.

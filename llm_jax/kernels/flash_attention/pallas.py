@@ -91,6 +91,12 @@ def refusal(
             f" {widths[1]} need more than {forward.VMEM_LIMIT >> 20} MiB{beside}"
         )
     if isinstance(bias, biases.Relative):
+        num_exact = bias.table_KGU.shape[-1] // (4 if bias.is_bidirectional else 2)
+        if bias.max_distance <= num_exact:
+            return (
+                f"needs a table whose distances go past the {num_exact} that have buckets of their own,"
+                f" not to {bias.max_distance}"
+            )
         needed = backward.table_bytes(bias, blocks.backward)
         if needed > blocks.backward.vmem_bytes // 2:
             return (
