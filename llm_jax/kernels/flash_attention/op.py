@@ -50,7 +50,7 @@ def attention(
     others = {"mask": mask, "bias": bias, "sinks_KG": sinks_KG}
     placed = placement.like_queries(others, q_BTKGC)
     mask, bias, sinks_KG = (placed[name] for name in others)
-    device_kind = _device_kind()
+    device_kind = placement.device_kind()
     if implementation == "auto":
         implementation = _choose(q_BTKGC, v_BSKC, bias, chunk, device_kind)
         _say(implementation, q_BTKGC.shape[1], device_kind)
@@ -96,12 +96,6 @@ def _choose(
 def _say(implementation: str, num_queries: int, device_kind: str) -> None:
     """Logs a choice once, however many layers make it."""
     _LOG.info("attention of %d queries on %s: %s", num_queries, device_kind, implementation)
-
-
-def _device_kind() -> str:
-    """Returns what the mesh that is set is made of, which need not be of this host."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _check_shapes(
