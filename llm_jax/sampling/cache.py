@@ -18,11 +18,13 @@ def make_cache(
 
     Its layout is what the devices of the mesh that is set read best, see `decode_op.make_cache`.
     """
+    row_axes, head_axes = rules.act("BK")
     how = {
         "num_slots": num_slots,
         "width": config.head_width,
         "dtype": config.dtype,
-        "spec": rules.act("BKSC"),
+        "row_axes": row_axes,
+        "head_axes": head_axes,
         "implementation": attention.decode_implementation(config),
     }
     return [

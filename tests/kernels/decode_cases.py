@@ -1,6 +1,7 @@
 """Cases of attention to a cache, and caches of every layout that hold their keys and values."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -79,13 +80,11 @@ def make_cache(case: decode_oracle.Case, layout: str, dtype="float32", junk=1e3)
         scales_pages = jnp.asarray(scales_pages)
     is_used = np.arange(num) * PAGE < case.lengths_B[:, None]
     table = np.where(is_used, table, 10**6)
-    return paged.Paged(
-        jnp.asarray(kv_pages, kind), scales_pages, jnp.asarray(table, jnp.int32), K
-    )
+    return paged.Paged(jnp.asarray(kv_pages, kind), scales_pages, jnp.asarray(table, jnp.int32), K)
 
 
 def arguments(case: decode_oracle.Case) -> dict:
-    """Returns what `op.attention` takes beside queries, cache and implementation."""
+    """Returns the arrays that `op.attention` takes beside queries and cache, by name."""
 
     def array(x):
         return None if x is None else jnp.asarray(x, jnp.float32)
@@ -93,18 +92,24 @@ def arguments(case: decode_oracle.Case) -> dict:
     return {
         "lengths_B": jnp.asarray(case.lengths_B),
         "starts_B": jnp.asarray(case.starts_B),
-        "scale": case.scale,
-        "window": case.window,
-        "softcap": case.softcap,
         "bias": None if case.slopes_KG is None else biases.Alibi(array(case.slopes_KG)),
         "sinks_KG": array(case.sinks_KG),
     }
 
 
+@functools.partial(
+    jax.jit, static_argnames=("implementation", "scale", "window", "softcap", "sizes")
+)
+def run(q_BTKGC, cache, arrays, **how):
+    """Runs the operation; compiled once for all lengths, starts and tables."""
+    return op.attention(q_BTKGC, cache, **arrays, **how)
+
+
 def attend(case: decode_oracle.Case, layout, implementation, dtype="float32", junk=1e3, **how):
     """Returns the operation's result, float64."""
     cache = make_cache(case, layout, dtype, junk)
+    numbers = {"scale": case.scale, "window": case.window, "softcap": case.softcap}
+    how = {"sizes": SIZES} | numbers | how
     q_BTKGC = jnp.asarray(case.q_BTKGC, dtype)
-    how = arguments(case) | {"sizes": SIZES} | how
-    attend = jax.jit(lambda q, c: op.attention(q, c, implementation=implementation, **how))
-    return np.asarray(attend(q_BTKGC, cache), np.float64)
+    y_BTKGC = run(q_BTKGC, cache, arguments(case), implementation=implementation, **how)
+    return np.asarray(y_BTKGC, np.float64)

@@ -82,27 +82,27 @@ class Contiguous:
 
 
 def make_slots_last(
-    B: int, K: int, S: int, C: int, dtype: jax.typing.DTypeLike, row_axes, head_axes
+    B: int, K: int, S: int, C: int, dtype: jax.typing.DTypeLike, row_axes=None, head_axes=None
 ) -> SlotsLast:
     """Returns an empty cache with rows and heads on these axes of the mesh that is set."""
-    spec = PartitionSpec(row_axes, head_axes, None, None)
-    return SlotsLast(
-        jnp.zeros((B, K, C, S), dtype, out_sharding=spec),
-        jnp.zeros((B, K, S, C), dtype, out_sharding=spec),
-    )
+    axes = (row_axes, head_axes, None, None)
+    return SlotsLast(_zeros((B, K, C, S), dtype, axes), _zeros((B, K, S, C), dtype, axes))
 
 
 def make_contiguous(
     B: int, K: int, S: int, C: int, dtype: jax.typing.DTypeLike, row_axes=None, head_axes=None
 ) -> Contiguous:
     """Returns an empty cache with rows and heads on these axes of the mesh that is set."""
-    spec = PartitionSpec(row_axes, None, None, head_axes)
     scales_B2KS = None
     if jnp.dtype(dtype) == jnp.int8:
-        scales_spec = PartitionSpec(row_axes, None, head_axes, None)
-        scales_B2KS = jnp.zeros((B, 2, K, S), jnp.float32, out_sharding=scales_spec)
-    kv_B2SW = jnp.zeros((B, 2, S, K * C), dtype, out_sharding=spec)
+        scales_B2KS = _zeros((B, 2, K, S), jnp.float32, (row_axes, None, head_axes, None))
+    kv_B2SW = _zeros((B, 2, S, K * C), dtype, (row_axes, None, None, head_axes))
     return Contiguous(kv_B2SW, scales_B2KS, K)
+
+
+def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: tuple) -> jax.Array:
+    spec = PartitionSpec(*axes) if any(axes) else None  # without axes no mesh need be set
+    return jnp.zeros(shape, dtype, out_sharding=spec)
 
 
 def _put(cache: jax.Array, new: jax.Array, slot: jax.Array | int, axis: int) -> jax.Array:

@@ -26,7 +26,8 @@ def make_cache(
     num_slots: int,
     width: int,
     dtype: jax.typing.DTypeLike,
-    spec: jax.sharding.PartitionSpec,
+    row_axes: placement.Axes = None,
+    head_axes: placement.Axes = None,
     implementation: str = "auto",
 ) -> caches.SlotsLast | caches.Contiguous:
     """Returns an empty cache in the layout that `attention` reads best, by the same choice.
@@ -35,10 +36,9 @@ def make_cache(
       batch_size, num_heads, num_slots, width: B, K, S and C. A `Contiguous` cache has its slots rounded
         up to what one copy of the kernel takes.
       dtype: of keys and values; int8, which rounds them, for `pallas` alone.
-      spec: of the dimensions [B, K, S, C]; of rows and heads alone.
+      row_axes, head_axes: of the mesh that is set, which rows and heads are cut over.
       implementation: as for `attention`.
     """
-    row_axes, head_axes, *_ = spec
     local_heads = num_heads // placement.num_parts(head_axes)
     slots = -(-num_slots // pallas.SLOTS) * pallas.SLOTS
     device_kind = placement.device_kind()

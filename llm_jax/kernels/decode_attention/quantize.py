@@ -16,7 +16,8 @@ def quantized(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       x: [..., C].
 
     Returns:
-      int8 [..., C] and float32 [...]; zeros have the scale 0.
+      int8 [..., C] and float32 [...]; zeros have the scale 0, and so has what is smaller than 127 of
+      the least normal float32.
     """
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / _TOP

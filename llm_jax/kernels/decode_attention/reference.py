@@ -23,9 +23,10 @@ def attention(
     sinks_KG: jax.Array | None = None,
 ) -> jax.Array:
     """As `op.attention`, of keys and values by slot."""
-    scores_BKGTS = jnp.einsum(
-        "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
-    )
+    # In float32 from the start: XLA has no products of bfloat16 with float32 sums for a CPU in every
+    # layout that a cache may have.
+    k_BSKC = k_BSKC.astype(jnp.float32)
+    scores_BKGTS = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC.astype(jnp.float32), k_BSKC)
     weights_BKGTS = weights(
         scores_BKGTS * scale,
         lengths_B=lengths_B,

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+Axes = str | Sequence[str] | None  # of the mesh that is set, which a dimension is cut over
+
 
 def device_kind() -> str:
     """Returns what the mesh that is set is made of, which need not be of this host."""
@@ -15,13 +17,13 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def num_parts(axes: str | Sequence[str] | None) -> int:
+def num_parts(axes: Axes) -> int:
     """Returns how many devices a dimension on these axes of the mesh that is set lies on."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
-def is_cut(axes: str | Sequence[str] | None) -> bool:
+def is_cut(axes: Axes) -> bool:
     """Returns whether a dimension on these axes of the mesh that is set lies on several devices."""
     return num_parts(axes) > 1
 
