@@ -17,7 +17,7 @@ from tests.kernels import decode_oracle
 
 LAYOUTS = ("slots_last", "contiguous", "paged", "int8_contiguous", "int8_paged")
 # So small that a dozen slots are several blocks of several pages.
-SIZES = pallas.Sizes(block=4, page=2, ring=3, lead=1, lanes=8)
+SIZES = pallas.Sizes(block=4, page=2, ring=3, lag=1, lanes=8)
 PAGE = 2
 
 

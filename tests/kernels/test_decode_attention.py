@@ -132,7 +132,7 @@ def test_any_shapes(data):
         decode_cases.SIZES,
         block=draw(st.sampled_from([2, 4, 6])),
         ring=draw(st.integers(2, 4)),
-        lead=draw(st.integers(1, 3)),
+        lag=draw(st.integers(1, 3)),
         lanes=draw(st.sampled_from([4, 8, 16])),
         cores=draw(st.integers(1, 2)),
     )

@@ -1,8 +1,9 @@
 """The body of the decode kernel; `pallas` says how the arrays lie.
 
-One program walks the rows of the batch, and the blocks of each row's visible pages. A second cursor
-runs some blocks ahead over the same walk, across rows, and starts the copies of their pages into a ring
-of buffers, so that the memory never waits for the end of a row.
+One program walks the rows of the batch, and the blocks of each row's visible pages. Two more cursors
+run ahead over the same walk, across the ends of rows: one starts the copies of a block's pages into a
+ring of buffers, so that the memory is never idle; one block ahead the other computes scores, which the
+matrix unit has done by the time that the softmax asks for them.
 """
 
 import dataclasses
@@ -29,9 +30,10 @@ class Static:
       num_queries: T.
       page: slots that are copied at a time.
       pages: in a block, which is computed at a time.
-      pages_per_row: of the table; None for a cache without one.
+      pages_per_row: that there is room for.
+      num_pages: of a cache in pages; None for a contiguous one.
       ring: buffers of a block.
-      lead: heads whose scores are under way before the first softmax.
+      lag: packs whose weights are under way before the first sum of values.
       packs, heads: how many matrix products a block takes, and key heads in each.
       softcap, window: as in `op.attention`.
     """
@@ -41,9 +43,10 @@ class Static:
     num_queries: int
     page: int
     pages: int
-    pages_per_row: int | None
+    pages_per_row: int
+    num_pages: int | None
     ring: int
-    lead: int
+    lag: int
     packs: int
     heads: int
     softcap: float | None
@@ -69,7 +72,8 @@ class _Walk:
         first, length = self.refs["starts"][row], self.refs["lengths"][row]
         if static.window is not None:
             first = jnp.maximum(first, length - static.num_queries - static.window + 1)
-        begin, end = lax.div(first, page), lax.div(length + page - 1, page)
+        begin = lax.div(jnp.maximum(first, 0), page)
+        end = jnp.minimum(lax.div(length + page - 1, page), static.pages_per_row)
         return begin, jnp.maximum(end, begin)
 
     def num_blocks(self, row):
@@ -77,18 +81,30 @@ class _Walk:
         begin, end = self.pages(row)
         return jnp.maximum(lax.div(end - begin + self.static.pages - 1, self.static.pages), 1)
 
-    def base(self, row, block):
+    def base(self, cursor):
         """Returns the first slot of a block."""
+        row, block = cursor
         return (self.pages(row)[0] + block * self.static.pages) * self.static.page
+
+    def is_inside(self, cursor):
+        """Returns whether there is such a block."""
+        return cursor[0] < self.end
+
+    def after(self, cursor):
+        """Returns the cursor of the next block: of the row, or the first of the next."""
+        row, block = cursor
+        is_last = block + 1 >= self.num_blocks(row)
+        return jnp.where(is_last, row + 1, row), jnp.where(is_last, 0, block + 1)
 
     def _copies(self, row, page, slot, place):
         """Yields the copies of one page to its place in a buffer."""
         static, refs = self.static, self.refs
         at = pl.ds(pl.multiple_of(place * static.page, static.page), static.page)
-        if static.pages_per_row is None:
+        if static.num_pages is None:
             where = row, pl.ds(pl.multiple_of(page * static.page, static.page), static.page)
         else:
-            where = refs["table"][row * static.pages_per_row + page], slice(None)
+            index = refs["table"][row * static.pages_per_row + page]
+            where = jnp.clip(index, 0, static.num_pages - 1), slice(None)
         for n, name in enumerate(("kv", "scales")):
             if name in refs:
                 index, slots = where
@@ -102,8 +118,9 @@ class _Walk:
                     refs["sems"].at[n, slot],
                 )
 
-    def _each_page(self, row, block, slot, of_page, of_whole):
+    def _each_page(self, cursor, slot, of_page, of_whole):
         """Calls `of_whole` for a block of all its pages, else `of_page` for each that there is."""
+        row, block = cursor
         begin, end = self.pages(row)
         begin = begin + block * self.static.pages
         count = jnp.minimum(end - begin, self.static.pages)
@@ -120,17 +137,19 @@ class _Walk:
         def _():
             lax.fori_loop(0, count, at_place, None)
 
-    def start(self, row, block, slot):
-        """Starts the copies of a block."""
+    def start(self, cursor, slot):
+        """Starts the copies of a block, if there is one."""
 
         def of_whole(at_place):
             for place in range(self.static.pages):
                 at_place(place)
 
-        self._each_page(row, block, slot, lambda copy: copy.start(), of_whole)
+        @pl.when(self.is_inside(cursor))
+        def _():
+            self._each_page(cursor, slot, lambda copy: copy.start(), of_whole)
 
-    def wait(self, row, block, slot):
-        """Waits for the copies of a block."""
+    def wait(self, cursor, slot):
+        """Waits for the copies of a block, if there is one."""
 
         def of_whole(at_place):
             del at_place
@@ -139,44 +158,44 @@ class _Walk:
                     buffer = self.refs[name + "_buffer"].at[slot]
                     pltpu.make_async_copy(buffer, buffer, self.refs["sems"].at[n, slot]).wait()
 
-        self._each_page(row, block, slot, lambda copy: copy.wait(), of_whole)
-
-    def fetch(self, cursor, slot):
-        """Starts the copies of the block that a cursor is at; returns the next cursor."""
-        row, block = cursor
-        pl.when(row < self.end)(lambda: self.start(row, block, slot))
-        is_last = block + 1 >= self.num_blocks(row)
-        return jnp.where(is_last, row + 1, row), jnp.where(is_last, 0, block + 1)
+        @pl.when(self.is_inside(cursor))
+        def _():
+            self._each_page(cursor, slot, lambda copy: copy.wait(), of_whole)
 
 
 class _Block:
-    """Attends to the keys in one buffer; each method one stage for one pack of heads."""
+    """What is done to the keys or to the values of one block, for one pack of heads at a time."""
 
-    def __init__(self, static: Static, refs, place, is_masked: bool):
-        self.static, self.refs, self.is_masked = static, refs, is_masked
-        self.row, self.at, self.slot, self.base = place
-        self.rows = refs["q"].shape[2]
-        self.width = refs["q"].shape[3]
-        self.last = refs["lengths"][self.row] - static.num_queries
-        self.first = refs["starts"][self.row]
-        if is_masked:
-            self.allowed_RS = self._allowed()
-            s_SW = self.base + lax.broadcasted_iota(jnp.int32, (static.block, self.width), 0)
-            length = refs["lengths"][self.row]
-            self.is_key_SW = (s_SW >= self.first) & (s_SW < length)
+    def __init__(self, static: Static, refs, walk: _Walk, cursor, slot):
+        self.static, self.refs, self.slot = static, refs, slot
+        self.row = jnp.minimum(cursor[0], walk.end - 1)  # past the end scores are of no use
+        self.at = self.row - walk.begin
+        self.base = walk.base(cursor)
+        self.rows, self.width = refs["q"].shape[2:]
+        self.first, self.length = refs["starts"][self.row], refs["lengths"][self.row]
 
-    def _slots(self):
+    def slots(self):
         """Returns the slots of queries and keys, int32 [R, 1] and [R, S]."""
-        t_R1 = self.last + self.refs["query"][:, :1]
+        t_R1 = self.length - self.static.num_queries + self.refs["query"][:, :1]
         shape = self.rows, self.static.block
         return t_R1, self.base + lax.broadcasted_iota(jnp.int32, shape, 1)
 
-    def _allowed(self):
-        t_R1, s_RS = self._slots()
+    def allowed(self):
+        """Returns which queries see which keys, [R, S]."""
+        t_R1, s_RS = self.slots()
         allowed_RS = (s_RS <= t_R1) & (s_RS >= self.first)
         if self.static.window is not None:
             allowed_RS &= s_RS > t_R1 - self.static.window
         return allowed_RS
+
+    def is_row(self):
+        """Returns which slots are the row's, [S, W]."""
+        s_SW = self.base + lax.broadcasted_iota(jnp.int32, (self.static.block, self.width), 0)
+        return (s_SW >= self.first) & (s_SW < self.length)
+
+    def has_gaps(self):
+        """Returns whether some slots are not the row's, or were not copied."""
+        return (self.base < self.first) | (self.base + self.static.block > self.length)
 
     def _operand(self, which: int, j: int):
         at = slice(j * self.width, (j + 1) * self.width)
@@ -193,22 +212,22 @@ class _Block:
             factor = jnp.where(self.refs["head"][:, :1] == n, scale_1S, factor)
         return x_RS * factor
 
-    def scores(self, j: int):
-        """Stage 1: scores to the base 2."""
+    def scores(self, j: int, allowed_RS):
+        """Puts the scores of a pack, to the base 2, into their buffer."""
         static = self.static
         x_RS = scores_lib.dot(self.refs["q"][self.at, j], self._operand(0, j), ((1,), (1,)))
         x_RS = self._scaled(x_RS, 0, j)
         if static.softcap is not None:
             x_RS = jnp.tanh(x_RS / static.softcap) * (static.softcap * scores_lib.LOG2E)
         if "slopes" in self.refs:
-            t_R1, s_RS = self._slots()
+            t_R1, s_RS = self.slots()
             x_RS += self.refs["slopes"][j][:, :1] * (s_RS - t_R1).astype(jnp.float32)
         # Keys that were not copied hold anything, NaN too.
-        return jnp.where(self.allowed_RS, x_RS, _MASKED) if self.is_masked else x_RS
+        self.refs["x"][j] = jnp.where(allowed_RS, x_RS, _MASKED)
 
-    def softmax(self, j: int, x_RS):
-        """Stage 2: weights, and the factor for what came before."""
-        refs = self.refs
+    def softmax(self, j: int, allowed_RS):
+        """Returns the weights of a pack, and the factor for what came before."""
+        refs, x_RS = self.refs, self.refs["x"][j]
         old = refs["m"][j]
         m = jnp.maximum(old, jnp.max(x_RS, axis=1, keepdims=True))
         p_RS = jnp.exp2(x_RS - m[:, :1])
@@ -217,39 +236,30 @@ class _Block:
         refs["l"][j] = alpha * refs["l"][j] + jnp.sum(p_RS, axis=1, keepdims=True)
         if "scales" in refs:
             p_RS = self._scaled(p_RS, 1, j)
-            p_RS = jnp.where(self.allowed_RS, p_RS, 0.0) if self.is_masked else p_RS
+            p_RS = p_RS if allowed_RS is None else jnp.where(allowed_RS, p_RS, 0.0)
         return p_RS.astype(refs["q"].dtype), alpha
 
-    def values(self, j: int, p_RS, alpha):
-        """Stage 3: the weighted sum of values."""
+    def values(self, j: int, p_RS, alpha, is_row_SW):
+        """Adds the weighted sum of values."""
         v_SW = self._operand(1, j)
-        if self.is_masked:  # a weight of zero times NaN is NaN
-            v_SW = jnp.where(self.is_key_SW, v_SW, jnp.zeros_like(v_SW))
+        if is_row_SW is not None:  # a weight of zero times NaN is NaN
+            v_SW = jnp.where(is_row_SW, v_SW, jnp.zeros_like(v_SW))
         o_RW = scores_lib.dot(p_RS, v_SW, ((1,), (0,)))
         self.refs["acc"][j] = self.refs["acc"][j] * alpha[:, :1] + o_RW
 
-    def emit(self):
-        """Emits all stages; their order is the software pipeline."""
-        x, p = {}, {}
-        packs, lead = range(self.static.packs), self.static.lead
-        for n in range(len(packs) + 2 * lead):
-            if n in packs:
-                x[n] = self.scores(n)
-            if n - lead in packs:
-                p[n - lead] = self.softmax(n - lead, x.pop(n - lead))
-            if n - 2 * lead in packs:
-                self.values(n - 2 * lead, *p.pop(n - 2 * lead))
 
-
-def _attend(static: Static, refs, row, at, slot, base):
-    """Attends to a block: without masks where every query sees all of it."""
-    low, last = refs["starts"][row], refs["lengths"][row] - static.num_queries
-    if static.window is not None:
-        low = jnp.maximum(low, last + static.num_queries - static.window)
-    is_whole = (base >= low) & (base + static.block - 1 <= last)
-    place = row, at, slot, base
-    pl.when(is_whole)(lambda: _Block(static, refs, place, is_masked=False).emit())
-    pl.when(~is_whole)(lambda: _Block(static, refs, place, is_masked=True).emit())
+def _emit(this: _Block, following: _Block, has_gaps: bool):
+    """Emits softmax and values of one block and scores of the next; the order is the pipeline."""
+    allowed_RS = this.allowed() if has_gaps else None
+    is_row_SW = this.is_row() if has_gaps else None
+    following_RS = following.allowed()
+    p, packs, lag = {}, range(this.static.packs), this.static.lag
+    for n in range(len(packs) + lag):
+        if n in packs:
+            p[n] = this.softmax(n, allowed_RS)
+            following.scores(n, following_RS)
+        if n - lag in packs:
+            this.values(n - lag, *p.pop(n - lag), is_row_SW)
 
 
 def _begin(refs):
@@ -270,23 +280,37 @@ def _finish(refs, at):
 def kernel(*refs, static: Static, names: tuple[str, ...]):
     refs = dict(zip(names, refs, strict=True))
     walk = _Walk(static, refs)
-    cursor = walk.begin, jnp.int32(0)
+
+    def ring(slot):
+        return jnp.where(slot >= static.ring, slot - static.ring, slot)
+
+    first = ahead = walk.begin, jnp.int32(0)
     for slot in range(static.ring - 1):
-        cursor = walk.fetch(cursor, slot)
+        walk.start(ahead, slot)
+        ahead = walk.after(ahead)
+    walk.wait(first, 0)
+    block = _Block(static, refs, walk, first, 0)
+    for j in range(static.packs):
+        block.scores(j, block.allowed())
 
     def of_row(row, carry):
-        at = row - walk.begin
         _begin(refs)
 
         def of_block(block, carry):
-            slot, *cursor = carry
-            cursor = walk.fetch(cursor, jnp.where(slot == 0, static.ring - 1, slot - 1))
-            walk.wait(row, block, slot)
-            _attend(static, refs, row, at, slot, walk.base(row, block))
-            return jnp.where(slot == static.ring - 1, 0, slot + 1), *cursor
+            slot, *ahead = carry
+            cursor = row, block
+            following = walk.after(cursor)
+            walk.start(ahead, ring(slot + static.ring - 1))
+            walk.wait(following, ring(slot + 1))
+            this = _Block(static, refs, walk, cursor, slot)
+            that = _Block(static, refs, walk, following, ring(slot + 1))
+            has_gaps = this.has_gaps()
+            pl.when(has_gaps)(lambda: _emit(this, that, True))
+            pl.when(~has_gaps)(lambda: _emit(this, that, False))
+            return ring(slot + 1), *walk.after(ahead)
 
         carry = lax.fori_loop(0, walk.num_blocks(row), of_block, carry)
-        _finish(refs, at)
+        _finish(refs, row - walk.begin)
         return carry
 
-    lax.fori_loop(walk.begin, walk.end, of_row, (jnp.int32(0), *cursor))
+    lax.fori_loop(walk.begin, walk.end, of_row, (jnp.int32(0), *ahead))

@@ -28,6 +28,8 @@ SLOTS = 128
 # Of the 128 MiB that a v5e or v6e has.
 _VMEM_LIMIT = 100 * _MIB
 _BUFFER_LIMIT = 32 * _MIB  # of keys and values in flight
+_BLOCK_BYTES = 2 * _MIB  # of keys and values: long enough to hide what a block costs by itself
+_LEAST_BLOCK, _MOST_BLOCK = 256, 2048  # slots
 _QUERY_LIMIT = 8 * _MIB  # of the queries of one program
 _TABLE_LIMIT = 512 * 2**10  # of scalar memory
 
@@ -37,18 +39,19 @@ class Sizes:
     """How the work is cut.
 
     Attributes:
-      block: slots that are computed at a time.
-      page: slots of a contiguous cache that are copied at a time.
+      block: slots that are computed at a time; None: as many as `_BLOCK_BYTES` hold.
+      page, window_page: slots of a contiguous cache that are copied at a time, and with a window.
       ring: blocks in flight and in use.
-      lead: packs of heads whose scores are under way before the first softmax.
+      lag: packs of heads whose weights are under way before the first sum of values.
       lanes: of a pack; what the matrix unit contracts at a time.
       cores: of a device; each takes a share of the rows.
     """
 
-    block: int = 512
+    block: int | None = None
     page: int = 128
-    ring: int = 3
-    lead: int = 4
+    window_page: int = 32
+    ring: int = 4
+    lag: int = 4
     lanes: int = _LANES
     cores: int = 1
 
@@ -275,14 +278,18 @@ def _kernel_static(static, cache, q_shape, T, heads) -> kernel_lib.Static:
     B, J, R, W = q_shape
     sizes = static.sizes
     page, dtype = _page_and_dtype(cache)
-    pages_per_row = None
-    room = cache.num_slots
+    num_pages = None
     if isinstance(cache, paged.Paged):
-        pages_per_row = cache.table.shape[1]
+        num_pages = cache.kv_pages.shape[0]
     else:
-        page = int(np.gcd(page, sizes.page))
-    slot_bytes = 2 * J * W * dtype.itemsize * sizes.ring
-    block = min(sizes.block, room, max(_BUFFER_LIMIT // slot_bytes, 1))
+        # Around a window what a copy brings too much counts; int8 brings scales, which fill lanes.
+        is_fine = static.window is not None and cache.scales_B2KS is None
+        page = int(np.gcd(page, sizes.window_page if is_fine else sizes.page))
+    slot_bytes = 2 * J * W * dtype.itemsize
+    block = sizes.block or min(max(_BLOCK_BYTES // slot_bytes, _LEAST_BLOCK), _MOST_BLOCK)
+    if static.window is not None and not sizes.block:
+        block = min(block, max(static.window // 2, _LEAST_BLOCK))
+    block = min(block, cache.num_slots, max(_BUFFER_LIMIT // (slot_bytes * sizes.ring), 1))
     row_bytes = J * R * max(W, _LANES) * 4
     rows = max(min(_QUERY_LIMIT // row_bytes, -(-B // sizes.cores)), 1)
     return kernel_lib.Static(
@@ -291,9 +298,10 @@ def _kernel_static(static, cache, q_shape, T, heads) -> kernel_lib.Static:
         num_queries=T,
         page=page,
         pages=max(block // page, 1),
-        pages_per_row=pages_per_row,
+        pages_per_row=cache.num_slots // page,
+        num_pages=num_pages,
         ring=sizes.ring,
-        lead=sizes.lead,
+        lag=sizes.lag,
         packs=J,
         heads=heads,
         softcap=static.softcap,
@@ -316,11 +324,12 @@ def _call(inner: kernel_lib.Static, static: _Static, scalars, arguments) -> jax.
     if "scales" in arguments:
         shape = (inner.ring, 2, J * inner.heads, inner.block)
         scratch["scales_buffer"] = pltpu.VMEM(shape, jnp.float32)
+    scratch["x"] = pltpu.VMEM((J, R, inner.block), jnp.float32)
     scratch |= {name: pltpu.VMEM((J, R, _LANES), jnp.float32) for name in ("m", "l")}
     scratch["acc"] = pltpu.VMEM((J, R, W), jnp.float32)
     scratch["sems"] = pltpu.SemaphoreType.DMA((2, inner.ring))
     names = (*scalars, *arguments, "o", *scratch)
-    room = kv.size if inner.pages_per_row is None else B * inner.pages_per_row * kv[0].size
+    room = B * inner.pages_per_row * inner.page * 2 * J * W
     return pl.pallas_call(
         functools.partial(kernel_lib.kernel, static=inner, names=names),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -332,7 +341,10 @@ def _call(inner: kernel_lib.Static, static: _Static, scalars, arguments) -> jax.
         ),
         out_shape=jax.ShapeDtypeStruct((B, J, R, W), q_BJRW.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_LIMIT
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=_VMEM_LIMIT,
+            # They cost as much as the copies take; the kernel clips rows, pages and their numbers.
+            disable_bounds_checks=True,
         ),
         # Of full rows: how full they are is known when the program runs.
         cost_estimate=pl.CostEstimate(
