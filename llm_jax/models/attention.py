@@ -42,11 +42,6 @@ def causal_mask(config: config_lib.ModelConfig) -> masks.Mask:
     return masks.local_window(None if config.window is None else config.window - 1, right=0)
 
 
-def decode_implementation(config: config_lib.ModelConfig) -> str:
-    """Returns what attends to a cache: the kernel where the config names it, else what suits."""
-    return "pallas" if config.attention == "pallas" else "auto"
-
-
 def make_context(
     config: config_lib.ModelConfig,
     positions_BT: jax.Array,
@@ -120,7 +115,8 @@ class Attention(nnx.Module):
                 lengths_B=jnp.full(batch_size, context.slot + num_queries, jnp.int32),
                 starts_B=context.starts_B,
                 window=self.config.window,
-                implementation=decode_implementation(self.config),
+                # The layout says the rest: `decode_op.make_cache` chose it by the same setting.
+                implementation="pallas" if self.config.attention == "pallas" else "auto",
                 **self._scores(context),
             )
         y_BTD = layers.project(

@@ -25,7 +25,7 @@ def make_cache(
         "dtype": config.dtype,
         "row_axes": row_axes,
         "head_axes": head_axes,
-        "implementation": attention.decode_implementation(config),
+        "implementation": config.attention,
     }
     return [
         decode_op.make_cache(batch_size, config.kv_heads, **how) for _ in range(config.num_layers)

@@ -169,7 +169,9 @@ def test_a_device_without_sizes_is_named():
     assert "'TPU v3'" in pallas.layout_refusal(8, 128, 128, "bfloat16", "TPU v3")
 
 
-@pytest.mark.parametrize("implementation, kind", [("auto", "slots"), ("pallas", "contiguous")])
+@pytest.mark.parametrize(
+    "implementation, kind", [("auto", "slots"), ("chunked", "slots"), ("pallas", "contiguous")]
+)
 def test_a_cpu_keeps_its_layout_unless_the_kernel_is_asked_for(implementation, kind):
     cache = op.make_cache(
         B,
@@ -182,3 +184,8 @@ def test_a_cpu_keeps_its_layout_unless_the_kernel_is_asked_for(implementation, k
     wanted = caches.SlotsLast if kind == "slots" else caches.Contiguous
     assert isinstance(cache, wanted)
     assert cache.num_slots == (S if kind == "slots" else pallas.SLOTS)
+
+
+def test_int8_without_the_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 2, 128, 4\) on cpu with implementation 'auto'"):
+        op.make_cache(B, K, num_slots=S, width=C, dtype="int8")

@@ -1,10 +1,5 @@
 """The kernel's own copies: each is waited for before it is read, and nothing unwritten is used."""
 
-import dataclasses
-import functools
-
-import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest

@@ -1,5 +1,6 @@
 """One signature for attention to a cache, in the layout that the cache has."""
 
+from collections.abc import Callable
 import functools
 import logging
 
@@ -30,14 +31,18 @@ def make_cache(
     head_axes: placement.Axes = None,
     implementation: str = "auto",
 ) -> caches.SlotsLast | caches.Contiguous:
-    """Returns an empty cache in the layout that `attention` reads best, by the same choice.
+    """Returns an empty cache in the layout that suits what will attend to it.
 
     Args:
       batch_size, num_heads, num_slots, width: B, K, S and C. A `Contiguous` cache has its slots rounded
         up to what one copy of the kernel takes.
       dtype: of keys and values; int8, which rounds them, for `pallas` alone.
       row_axes, head_axes: of the mesh that is set, which rows and heads are cut over.
-      implementation: as for `attention`.
+      implementation: `pallas` makes a `Contiguous` cache, and so does `auto` on TPUs where the kernel
+        takes it; every other name of `config.model.attention` a `SlotsLast`.
+
+    Raises:
+      ValueError: int8 where the kernel is not asked for, or not at hand.
     """
     local_heads = num_heads // placement.num_parts(head_axes)
     slots = -(-num_slots // pallas.SLOTS) * pallas.SLOTS
@@ -50,6 +55,11 @@ def make_cache(
     if is_taken:
         return caches.make_contiguous(
             batch_size, num_heads, slots, width, dtype, row_axes, head_axes
+        )
+    if jnp.dtype(dtype) == jnp.int8:
+        raise ValueError(
+            f"an int8 cache is for the kernel: [B,K,S,C] = {(batch_size, num_heads, slots, width)} on"
+            f" {device_kind} with implementation {implementation!r} has none; use 'pallas'"
         )
     return caches.make_slots_last(
         batch_size, num_heads, num_slots, width, dtype, row_axes, head_axes
@@ -97,11 +107,10 @@ def attention(
     Raises:
       ValueError: shapes that do not fit each other, or an implementation that does not take them.
     """
-    _check_shapes(q_BTKGC, cache, lengths_B, starts_B, bias, sinks_KG)
+    _check_shapes(q_BTKGC, cache)
+    _check_others(q_BTKGC.shape, lengths_B, starts_B, window, bias, sinks_KG)
     if starts_B is None:
         starts_B = jnp.zeros_like(lengths_B)
-    if window is not None and window < 1:
-        raise ValueError(f"window = {window} must be at least 1: a query sees its own slot")
     others = {"lengths_B": lengths_B, "starts_B": starts_B, "bias": bias, "sinks_KG": sinks_KG}
     how = placement.like_queries(others, q_BTKGC)
     how |= {"scale": scale, "window": window, "softcap": softcap}
@@ -110,24 +119,31 @@ def attention(
         implementation = _choose(q_BTKGC, cache, device_kind)
         _say(implementation, q_BTKGC.shape[1], device_kind)
     if implementation == "pallas":
-        if isinstance(cache, caches.SlotsLast):
+        how |= {"device_kind": device_kind, "sizes": sizes}
+    return _implementation(implementation, q_BTKGC, cache)(q_BTKGC, **how)
+
+
+def _implementation(name: str, q_BTKGC: jax.Array, cache: Cache) -> Callable[..., jax.Array]:
+    """Returns the named implementation around a cache that it takes."""
+    is_slots_last = isinstance(cache, caches.SlotsLast)
+    if name == "pallas":
+        if is_slots_last:
             raise ValueError(
                 "decode attention 'pallas' reads a Contiguous or Paged cache, not SlotsLast:"
                 f" k [B,K,C,S] = {cache.k_BKCS.shape}"
             )
-        return pallas.attention(q_BTKGC, cache, device_kind=device_kind, sizes=sizes, **how)
-    if implementation == "reference":
-        return reference.attention(q_BTKGC, *cache.dense(), **how)
-    if implementation == "single_query":
-        if not isinstance(cache, caches.SlotsLast) or q_BTKGC.shape[1] != 1:
+        return lambda q, **how: pallas.attention(q, cache, **how)
+    if name == "reference":
+        return lambda q, **how: reference.attention(q, *cache.dense(), **how)
+    if name == "single_query":
+        if not is_slots_last or q_BTKGC.shape[1] != 1:
             raise ValueError(
                 "decode attention 'single_query' takes one query and a SlotsLast cache, not"
                 f" q [B,T,K,G,C] = {q_BTKGC.shape} and {type(cache).__name__}"
             )
-        return single_query.attention(q_BTKGC, cache.k_BKCS, cache.v_BKSC, **how)
+        return lambda q, **how: single_query.attention(q, cache.k_BKCS, cache.v_BKSC, **how)
     raise ValueError(
-        f"decode attention implementation {implementation!r} is none of auto, reference,"
-        " single_query, pallas"
+        f"decode attention implementation {name!r} is none of auto, reference, single_query, pallas"
     )
 
 
@@ -147,7 +163,7 @@ def _say(implementation: str, num_queries: int, device_kind: str) -> None:
     )
 
 
-def _check_shapes(q_BTKGC, cache, lengths_B, starts_B, bias, sinks_KG) -> None:
+def _check_shapes(q_BTKGC: jax.Array, cache: Cache) -> None:
     q = q_BTKGC.shape
     if len(q) != 5:
         raise ValueError(f"queries must be [B,T,K,G,C], got {q}")
@@ -171,10 +187,11 @@ def _check_shapes(q_BTKGC, cache, lengths_B, starts_B, bias, sinks_KG) -> None:
                 f"q [B,T,K,G,C] = {q}, kv_pages [pages,2,slots,K*C] = {kv} of {cache.num_heads}"
                 f" heads, table [B,pages of a row] = {table} do not fit"
             )
-    _check_others(q, lengths_B, starts_B, bias, sinks_KG)
 
 
-def _check_others(q, lengths_B, starts_B, bias, sinks_KG) -> None:
+def _check_others(q, lengths_B, starts_B, window, bias, sinks_KG) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window} must be at least 1: a query sees its own slot")
     for name, array in (("lengths", lengths_B), ("starts", starts_B)):
         if array is not None and (array.shape != q[:1] or array.dtype != jnp.int32):
             raise ValueError(f"{name} [B] must be int32 {q[:1]}, got {array.dtype} {array.shape}")
