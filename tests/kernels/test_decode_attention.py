@@ -55,8 +55,18 @@ NAMES = [f"{layout}-{implementation}" for layout, implementation in PAIRS]
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
-def _is_taken(case, implementation):
-    return implementation != "single_query" or case.q_BTKGC.shape[1] == 1
+# The kernel differs between layouts in its copies alone: two of them go through all cases.
+ALL_CASES = [
+    (name, layout, implementation)
+    for name in CASES
+    for layout, implementation in PAIRS
+    if (implementation != "single_query" or CASES[name].get("T", 1) == 1)
+    and (
+        implementation != "pallas"
+        or layout in ("paged", "int8_contiguous")
+        or name in ("ragged", "window", "everything")
+    )
+]
 
 
 def _assert_oracle(case, layout, implementation, dtype="float32", **how):
@@ -76,12 +86,11 @@ def _assert_oracle(case, layout, implementation, dtype="float32", **how):
     return actual
 
 
-@pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, layout, implementation", ALL_CASES, ids=["-".join(x) for x in ALL_CASES]
+)
 def test_every_implementation_equals_the_oracle(name, layout, implementation):
-    case = decode_cases.make_case(**CASES[name])
-    if _is_taken(case, implementation):
-        _assert_oracle(case, layout, implementation)
+    _assert_oracle(decode_cases.make_case(**CASES[name]), layout, implementation)
 
 
 @pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)

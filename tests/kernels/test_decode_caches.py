@@ -186,6 +186,19 @@ def test_a_cpu_keeps_its_layout_unless_the_kernel_is_asked_for(implementation, k
     assert cache.num_slots == (S if kind == "slots" else pallas.SLOTS)
 
 
+@pytest.mark.parametrize(
+    "width, implementation, is_kernel",
+    [(64, "auto", True), (96, "auto", False), (64, "chunked", False)],
+)
+def test_a_tpu_gets_the_layout_of_what_attends(width, implementation, is_kernel, monkeypatch):
+    monkeypatch.setattr(op.placement, "device_kind", lambda: V5E)
+    how = {"num_slots": 100, "width": width, "dtype": "bfloat16", "implementation": implementation}
+    cache = op.make_cache(B, K, **how)
+    assert isinstance(cache, caches.Contiguous if is_kernel else caches.SlotsLast)
+    q_BTKGC = jnp.zeros((B, 1, K, 1, width))
+    assert op._choose(q_BTKGC, cache, V5E) == ("pallas" if is_kernel else "single_query")
+
+
 def test_int8_without_the_kernel_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 2, 128, 4\) on cpu with implementation 'auto'"):
         op.make_cache(B, K, num_slots=S, width=C, dtype="int8")
