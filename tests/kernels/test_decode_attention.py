@@ -242,3 +242,12 @@ def test_caches_of_other_heads_are_refused(layout):
     q_BTKGC = jnp.zeros((2, 1, 3, 2, 4))
     with pytest.raises(ValueError, match=r"\(2, 1, 3, 2, 4\).* do not fit"):
         op.attention(q_BTKGC, cache, lengths_B=jnp.asarray(case.lengths_B), scale=1.0)
+
+
+def test_a_table_beyond_scalar_memory_is_refused():
+    case = decode_cases.make_case()
+    cache = decode_cases.make_cache(case, "paged")
+    cache = dataclasses.replace(cache, table=jnp.zeros((2, 70_000), jnp.int32))
+    how = {"lengths_B": jnp.asarray(case.lengths_B), "scale": 1.0, "implementation": "pallas"}
+    with pytest.raises(ValueError, match=r"\(2, 70000\) needs 546 KiB of 512; use larger pages"):
+        op.attention(jnp.asarray(case.q_BTKGC), cache, **how)

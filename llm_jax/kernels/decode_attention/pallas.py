@@ -108,11 +108,11 @@ def layout_refusal(
 def refusal(q_BTKGC: jax.Array, cache: Cache, device_kind: str) -> str | None:
     """Returns why the kernel does not take these arguments, or None where it does."""
     axes = _axes(q_BTKGC)
-    _, length_axes, head_axes, group_axes, width_axes = axes
+    row_axes, length_axes, head_axes, group_axes, width_axes = axes
     if any(map(placement.is_cut, (length_axes, group_axes, width_axes))):
         return f"cuts rows and key heads alone, queries are sharded {axes}"
     if isinstance(cache, paged.Paged):
-        needed = 4 * cache.table.size
+        needed = 4 * cache.table.size // placement.num_parts(row_axes)
         if needed > _TABLE_LIMIT:
             return (
                 f"holds the page table in scalar memory: [B, pages] = {cache.table.shape} needs"
