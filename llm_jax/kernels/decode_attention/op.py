@@ -89,7 +89,7 @@ def attention(
     Args:
       q_BTKGC: the queries, one a row or a few (speculative decoding).
       cache: keys and values; what lies outside of a row may be anything finite, for `pallas` anything.
-      lengths_B: int32, of each row, with what lies before its first slot.
+      lengths_B: int32, of each row, with what lies before its first slot; at most the cache's slots.
       scale: factor of the scores, commonly C**-0.5.
       starts_B: int32, first slot of each row (prompts padded on the left); None: 0.
       window: a query sees this many slots, its own among them; None: all.
