@@ -15,6 +15,7 @@ DIMS = {
     "K": "key-value heads",
     "G": "query heads per key-value head",
     "C": "head width",
+    "W": "widths of key-value heads side by side (K * C; in a kernel those of a pack)",
     "F": "feed-forward width",
     "V": "vocabulary",
     "P": "positions of a learned table",

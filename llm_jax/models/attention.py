@@ -1,7 +1,7 @@
 """Multi-head attention with grouped keys and values, and the cache it keeps while generating."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any
 
 from flax import nnx
 import jax
@@ -17,32 +17,24 @@ from llm_jax.models import layers
 from llm_jax.models import positions
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer by slot; `Context.q_offset` is the next slot to be written.
-
-    The layouts are those that `kernels.decode_attention` reads in order.
-    """
-
-    k_BKCS: jax.Array
-    v_BKSC: jax.Array
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What all layers of one forward pass share.
 
     Attributes:
-      mask: who attends to whom.
-      q_offset: slot of the first query; the integer 0 where no cache precedes it.
+      mask: who attends to whom among the tokens of this pass; None where a cache precedes them.
       rotary: cosines and sines of `positions.rotary_tables`; None without RoPE.
       bias: added to the scores; None without ALiBi.
+      slot: of the first token in the cache; the integer 0 where nothing precedes it.
+      starts_B: first slot of each row in the cache; None: 0.
     """
 
-    mask: masks.Mask
-    q_offset: jax.Array | int
+    mask: masks.Mask | None
     rotary: tuple[jax.Array, jax.Array] | None = None
-    bias: biases.Bias | None = None
+    bias: biases.Alibi | None = None
+    slot: jax.Array | int = 0
+    starts_B: jax.Array | None = None
 
 
 def causal_mask(config: config_lib.ModelConfig) -> masks.Mask:
@@ -53,8 +45,9 @@ def causal_mask(config: config_lib.ModelConfig) -> masks.Mask:
 def make_context(
     config: config_lib.ModelConfig,
     positions_BT: jax.Array,
-    mask: masks.Mask,
-    q_offset: jax.Array | int = 0,
+    mask: masks.Mask | None,
+    slot: jax.Array | int = 0,
+    starts_B: jax.Array | None = None,
 ) -> Context:
     """Returns the context of a pass over tokens at `positions_BT`."""
     rotary = bias = None
@@ -63,7 +56,7 @@ def make_context(
     if config.positions == "alibi":
         slopes_KG = jnp.asarray(positions.alibi_slopes(config.num_heads))
         bias = biases.Alibi(slopes_KG.reshape(config.kv_heads, -1))
-    return Context(mask, q_offset, rotary, bias)
+    return Context(mask, rotary, bias, slot, starts_B)
 
 
 class Attention(nnx.Module):
@@ -90,46 +83,53 @@ class Attention(nnx.Module):
         self.k_norm = layers.HeadNorm(config, rules) if config.use_qk_norm else None
 
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x_BTD: jax.Array, context: Context, cache: decode_op.Cache | None = None
+    ) -> tuple[jax.Array, decode_op.Cache | None]:
         """Returns the attended [B, T, D] and the cache with this call's keys and values in it.
 
-        With a cache, the keys and values of `x_BTD` are written from slot `context.q_offset` on. A pass
-        that starts the cache (the offset is an integer) attends to its own keys alone; a later one
-        attends to the whole cache, whose unwritten slots the causal mask hides.
+        With a cache, the keys and values of `x_BTD` are written from slot `context.slot` on. A pass
+        that starts the cache (the slot is an integer) attends to its own keys alone, by the mask; a
+        later one to all that each row has in the cache, which ends with its own keys.
         """
         q_BTKGC, k_BSKC, v_BSKC = self._project(x_BTD, context)
         # Queries stay sharded along the sequence; each device gathers all keys and values.
         k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
         v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
-        offset = context.q_offset
         if cache is not None:
-            cache = LayerCache(
-                _write(cache.k_BKCS, jnp.transpose(k_BSKC, (0, 2, 3, 1)), offset, axis=3),
-                _write(cache.v_BKSC, jnp.swapaxes(v_BSKC, 1, 2), offset, axis=2),
-            )
-        scores = {
-            "mask": context.mask,
-            "q_offset": offset,
-            "scale": self.config.head_width**-0.5,
-            "softcap": self.config.attention_softcap,
-            "bias": context.bias,
-        }
-        if cache is None or isinstance(offset, int):
+            cache = cache.write(k_BSKC, v_BSKC, context.slot)
+        if cache is None or isinstance(context.slot, int):
             y_BTKGC = op.attention(
                 q_BTKGC,
                 k_BSKC,
                 v_BSKC,
+                mask=context.mask,
                 implementation=self.config.attention,
                 chunk=self.config.attention_chunk,
-                **scores,
+                **self._scores(context),
             )
         else:
-            y_BTKGC = decode_op.attention(q_BTKGC, cache.k_BKCS, cache.v_BKSC, **scores)
+            batch_size, num_queries = q_BTKGC.shape[:2]
+            y_BTKGC = decode_op.attention(
+                q_BTKGC,
+                cache,
+                lengths_B=jnp.full(batch_size, context.slot + num_queries, jnp.int32),
+                starts_B=context.starts_B,
+                window=self.config.window,
+                # The layout says the rest: `decode_op.make_cache` chose it by the same setting.
+                implementation="pallas" if self.config.attention == "pallas" else "auto",
+                **self._scores(context),
+            )
         y_BTD = layers.project(
             "BTKGC,KGCD->BTD", y_BTKGC, self.out_KGCD, self.out_bias_D, self.rules.act("BTD")
         )
         return y_BTD, cache
+
+    def _scores(self, context: Context) -> dict[str, Any]:
+        return {
+            "scale": self.config.head_width**-0.5,
+            "softcap": self.config.attention_softcap,
+            "bias": context.bias,
+        }
 
     def _project(
         self, x_BTD: jax.Array, context: Context
@@ -146,7 +146,3 @@ class Attention(nnx.Module):
             q_BTKGC = positions.rotate(q_BTKGC, context.rotary)
             k_BTKC = positions.rotate(k_BTKC, context.rotary)
         return q_BTKGC, k_BTKC, v_BTKC
-
-
-def _write(cache: jax.Array, new: jax.Array, slot: jax.Array | int, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), slot, axis=axis)

@@ -7,11 +7,12 @@ import jax
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
+from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.models import attention
 from llm_jax.models import layers
 from llm_jax.models import mlp
 
-Cache = list[attention.LayerCache]
+Cache = list[decode_op.Cache]  # of each layer
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -44,8 +45,8 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         context: attention.Context,
         key: jax.Array | None = None,
-        cache: attention.LayerCache | None = None,
-    ) -> tuple[jax.Array, attention.LayerCache | None]:
+        cache: decode_op.Cache | None = None,
+    ) -> tuple[jax.Array, decode_op.Cache | None]:
         """Returns [B, T, D] and the layer's cache; `key` turns dropout on."""
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         h_BTD = self.attention_norm(x_BTD) if self.is_pre_norm else x_BTD

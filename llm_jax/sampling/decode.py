@@ -88,11 +88,11 @@ def _next_logits(
     cache: stack.Cache,
 ) -> tuple[jax.Array, stack.Cache]:
     """Runs tokens at slots from `slot` on; returns the logits after the last, [B, V] float32."""
-    num_queries = tokens_BT.shape[1]
+    num_tokens = tokens_BT.shape[1]
+    positions_BT = cache_lib.positions(starts_B, num_tokens, slot)
     is_prefill = isinstance(slot, int)
-    num_slots = num_queries if is_prefill else cache[0].k_BKCS.shape[-1]
-    mask, positions_BT = cache_lib.row_mask(model.config, starts_B, num_queries, num_slots, slot)
-    context = attention.make_context(model.config, positions_BT, mask, slot)
+    mask = cache_lib.prompt_mask(model.config, starts_B, num_tokens) if is_prefill else None
+    context = attention.make_context(model.config, positions_BT, mask, slot, starts_B)
     x_BTD = model.decoder.embed(tokens_BT, positions_BT)
     x_BTD, cache = stack.run_cached(model.blocks, x_BTD, context, cache)
     logits_BTV = model.decoder.logits(x_BTD[:, -1:])

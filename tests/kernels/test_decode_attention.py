@@ -1,5 +1,9 @@
-"""Attention to a cache equals the reference, whatever its queries may see."""
+"""One suite that every implementation of attention to a cache passes, against numpy float64."""
 
+import dataclasses
+
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,83 +11,243 @@ import pytest
 
 from llm_jax.kernels.decode_attention import op
 from llm_jax.kernels.flash_attention import biases
-from llm_jax.kernels.flash_attention import masks
-from llm_jax.kernels.flash_attention import reference
 from tests import helpers
+from tests.kernels import decode_cases
+from tests.kernels import decode_oracle
 
-B, S, K, G, C = 3, 11, 2, 3, 4
-SEGMENTS_BS = jnp.asarray(np.arange(S)[None, :] >= np.asarray([0, 4, S])[:, None], jnp.int32)
+# What a case changes; a row has 12 slots, blocks 4 and pages 2.
+CASES = {
+    "full_rows": {},
+    "ragged": {"lengths": [3, 10]},
+    "left_padded": {"lengths": [12, 9], "starts": [5, 8]},
+    "few_queries": {"T": 3, "lengths": [12, 7]},
+    "more_queries_than_slots": {"T": 3, "lengths": [2, 7], "starts": [0, 6]},
+    "window": {"window": 3, "lengths": [12, 7]},
+    "window_of_few_queries": {"T": 2, "window": 5, "lengths": [11, 4]},
+    "softcap": {"softcap": 0.7, "lengths": [6, 11]},
+    "alibi": {"T": 2, "alibi": True, "lengths": [6, 11]},
+    "sinks": {"sinks": True, "lengths": [0, 11]},
+    "multi_query": {"K": 1, "G": 4, "T": 2},
+    "multi_head": {"K": 4, "G": 1},
+    "three_heads": {"K": 3, "G": 2, "lengths": [12, 5]},
+    "wide_heads": {"C": 16, "lengths": [12, 5]},
+    "everything": {
+        "T": 2,
+        "lengths": [12, 8],
+        "starts": [4, 7],
+        "window": 6,
+        "softcap": 0.7,
+        "alibi": True,
+        "sinks": True,
+    },
+}
+PAIRS = [
+    ("slots_last", "single_query"),
+    ("slots_last", "reference"),
+    ("contiguous", "reference"),
+    ("int8_paged", "reference"),
+    ("contiguous", "pallas"),
+    ("paged", "pallas"),
+    ("int8_contiguous", "pallas"),
+    ("int8_paged", "pallas"),
+]
+NAMES = [f"{layout}-{implementation}" for layout, implementation in PAIRS]
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
-def _inputs(dtype, num_queries=1):
-    keys = jax.random.split(jax.random.key(0), 3)
-    q_BTKGC = jax.random.normal(keys[0], (B, num_queries, K, G, C), dtype)
-    k_BSKC = jax.random.normal(keys[1], (B, S, K, C), dtype)
-    return q_BTKGC, k_BSKC, jax.random.normal(keys[2], (B, S, K, C), dtype)
+# The kernel differs between layouts in its copies alone: two of them go through all cases.
+ALL_CASES = [
+    (name, layout, implementation)
+    for name in CASES
+    for layout, implementation in PAIRS
+    if (implementation != "single_query" or CASES[name].get("T", 1) == 1)
+    and (
+        implementation != "pallas"
+        or layout in ("paged", "int8_contiguous")
+        or name in ("ragged", "window", "everything")
+    )
+]
 
 
-def _attend(q_BTKGC, k_BSKC, v_BSKC, **how):
-    k_BKCS, v_BKSC = jnp.transpose(k_BSKC, (0, 2, 3, 1)), jnp.swapaxes(v_BSKC, 1, 2)
-    return op.attention(q_BTKGC, k_BKCS, v_BKSC, **how)
-
-
-@pytest.mark.parametrize("num_queries", [1, 3])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("offset", [0, 6, S - 3])
-@pytest.mark.parametrize(
-    "mask, score",
-    [
-        (masks.causal(), {}),
-        (masks.local_window(left=2, right=0), {"softcap": 0.7}),
-        (masks.full(), {}),
-        (masks.causal(), {"bias": biases.Alibi(jnp.linspace(0.1, 1.0, K * G).reshape(K, G))}),
-        (masks.causal(), {"sinks_KG": jnp.linspace(-1.0, 1.0, K * G).reshape(K, G)}),
-        (masks.Segments(jnp.ones((B, 3), jnp.int32), SEGMENTS_BS), {}),
-    ],
-    ids=["causal", "window_softcap", "full", "alibi", "sinks", "segments"],
-)
-def test_attention_to_a_cache_equals_the_reference(
-    mask, score, offset, dtype, tolerance, num_queries
-):
-    mask = masks.cut(mask, slice(num_queries), slice(None))
-    inputs = _inputs(dtype, num_queries)
-    how = {"mask": mask, "scale": 0.5, "q_offset": offset} | score
-    wanted = np.asarray(reference.attention(*inputs, **how), np.float32)
-    actual = np.asarray(_attend(*inputs, **how), np.float32)
+def _assert_oracle(case, layout, implementation, dtype="float32", **how):
+    if dtype == "bfloat16":
+        kept = {
+            name: np.asarray(jnp.asarray(getattr(case, name), dtype), np.float64)
+            for name in ("q_BTKGC", "k_BSKC", "v_BSKC")
+        }
+        case = dataclasses.replace(case, **kept)
+    wanted = decode_cases.rounded(case) if layout.startswith("int8") else case
+    wanted = decode_oracle.attention(wanted)
+    # What the rows do not hold the kernel does not look at; plain products meet zero times it.
+    junk = np.nan if implementation == "pallas" else 1e3
+    actual = decode_cases.attend(case, layout, implementation, dtype, junk, **how)
+    tolerance = TOLERANCES[dtype]
     np.testing.assert_allclose(actual, wanted, rtol=tolerance, atol=tolerance)
+    return actual
 
 
-def test_a_query_that_sees_nothing_gets_zeros():
-    """The third row's keys are all of another segment."""
-    mask = masks.Segments(jnp.ones((B, 1), jnp.int32), SEGMENTS_BS)
-    y_BTKGC = _attend(*_inputs("float32"), mask=mask, scale=0.5, q_offset=S - 1)
-    assert np.all(np.asarray(y_BTKGC[2]) == 0.0)
-    assert np.all(np.any(np.asarray(y_BTKGC[:2]) != 0.0, axis=-1))
+@pytest.mark.parametrize(
+    "name, layout, implementation", ALL_CASES, ids=["-".join(x) for x in ALL_CASES]
+)
+def test_every_implementation_equals_the_oracle(name, layout, implementation):
+    _assert_oracle(decode_cases.make_case(**CASES[name]), layout, implementation)
 
 
-@pytest.mark.parametrize("num_queries", [1, 3])
-def test_heads_may_lie_on_several_devices(num_queries):
-    """Slopes, sinks and lengths are whole everywhere, as a model makes them."""
-    q_BTKGC, k_BSKC, v_BSKC = _inputs("float32", num_queries)
-    how = {
-        "mask": masks.causal() & masks.KeysBelow(jnp.asarray([5, 11, 9])),
-        "bias": biases.Alibi(jnp.linspace(0.1, 1.0, K * G).reshape(K, G)),
-        "sinks_KG": jnp.linspace(-1.0, 1.0, K * G).reshape(K, G),
+@pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)
+def test_bfloat16(layout, implementation):
+    case = decode_cases.make_case(lengths=[12, 7], sinks=True)
+    _assert_oracle(case, layout, implementation, "bfloat16")
+
+
+@pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)
+def test_a_row_of_nothing_gives_zeros(layout, implementation):
+    case = decode_cases.make_case(lengths=[0, 5], starts=[0, 5])
+    actual = _assert_oracle(case, layout, implementation)
+    assert np.all(actual == 0.0)
+
+
+@st.composite
+def _rows(draw, num_queries):
+    """Lengths, starts, and a seed of two rows; few shapes, so that few programs are compiled."""
+    lengths = draw(st.lists(st.integers(0, 12), min_size=2, max_size=2))
+    starts = [draw(st.integers(0, 12)) for _ in lengths]
+    return {"T": num_queries, "lengths": lengths, "starts": starts, "seed": draw(st.integers(0, 9))}
+
+
+@pytest.mark.parametrize(
+    "layout, num_queries, score",
+    [
+        ("contiguous", 1, {"window": 4, "sinks": True}),
+        ("paged", 2, {"alibi": True}),
+        ("int8_paged", 3, {"window": 3, "softcap": 0.7}),
+    ],
+    ids=["one", "two", "three"],
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(st.data())
+def test_any_rows(layout, num_queries, score, data):
+    case = decode_cases.make_case(**data.draw(_rows(num_queries)), **score)
+    _assert_oracle(case, layout, "pallas")
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(st.data())
+def test_any_shapes(data):
+    """Of heads, blocks, pages, rings and pipelines."""
+    draw = data.draw
+    heads = {"K": draw(st.integers(1, 4)), "G": draw(st.integers(1, 3))}
+    sizes = dataclasses.replace(
+        decode_cases.SIZES,
+        block=draw(st.sampled_from([2, 4, 6])),
+        ring=draw(st.integers(2, 4)),
+        lag=draw(st.integers(1, 3)),
+        lanes=draw(st.sampled_from([4, 8, 16])),
+        cores=draw(st.integers(1, 2)),
+    )
+    case = decode_cases.make_case(
+        B=3,
+        T=draw(st.integers(1, 4)),
+        C=draw(st.sampled_from([2, 4, 8])),
+        lengths=draw(st.lists(st.integers(0, 12), min_size=3, max_size=3)),
+        window=draw(st.none() | st.integers(1, 12)),
+        softcap=draw(st.sampled_from([None, 0.7])),
+        alibi=draw(st.booleans()),
+        sinks=draw(st.booleans()),
+        **heads,
+    )
+    layout = draw(st.sampled_from(decode_cases.LAYOUTS[1:]))
+    _assert_oracle(case, layout, "pallas", sizes=sizes)
+
+
+def test_repeated_runs_give_the_same_bits():
+    case = decode_cases.make_case(lengths=[12, 7])
+    one, other = (decode_cases.attend(case, "paged", "pallas") for _ in range(2))
+    assert one.tobytes() == other.tobytes()
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+
+def _placed(cache, rules):
+    """Puts a cache where a model would: rows and heads cut, a pool of pages whole for all rows."""
+    letters = {
+        "k_BKCS": "BKCS",
+        "v_BKSC": "BKSC",
+        "kv_B2SW": "B_SK",
+        "scales_B2KS": "B_KS",
+        "kv_pages": "___K",
+        "scales_pages": "__K_",
+        "table": "B_",
     }
-    how |= {"scale": 0.5, "q_offset": 6}
-    wanted = _attend(q_BTKGC, k_BSKC, v_BSKC, **how)
-    mesh, rules = helpers.make_mesh((1, 1, 1, 1, 2), "tp")
 
-    def put(letters, array):
-        return jax.device_put(array, jax.sharding.NamedSharding(mesh, rules.act(letters)))
+    def put(path, array):
+        return jax.device_put(array, rules.act(letters[path[-1].name]))
 
-    placed = put("BTKGC", q_BTKGC), put("BSKC", k_BSKC), put("BSKC", v_BSKC)
+    return jax.tree_util.tree_map_with_path(put, cache)
+
+
+@pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)
+def test_rows_and_heads_may_lie_on_several_devices(layout, implementation):
+    """Slopes, sinks and lengths are whole everywhere, as a model makes them."""
+    case = decode_cases.make_case(lengths=[7, 12], starts=[2, 0], alibi=True, sinks=True)
+    mesh, rules = helpers.make_mesh((1, 2, 1, 1, 2), "tp")
+    arrays = decode_cases.arguments(case)
+    how = {"scale": case.scale, "implementation": implementation, "sizes": decode_cases.SIZES}
     with jax.set_mesh(mesh):
-        actual = jax.jit(lambda *qkv: _attend(*qkv, **how))(*placed)
-    helpers.assert_close(actual, wanted)
+        cache = _placed(decode_cases.make_cache(case, layout), rules)
+        q_BTKGC = jax.device_put(jnp.asarray(case.q_BTKGC, jnp.float32), rules.act("BTKGC"))
+        actual = jax.jit(lambda q, c: op.attention(q, c, **arrays, **how))(q_BTKGC, cache)
+        assert jax.typeof(actual).sharding.spec[0] == jax.typeof(q_BTKGC).sharding.spec[0]
+    wanted = decode_cases.rounded(case) if layout.startswith("int8") else case
+    helpers.assert_close(actual, decode_oracle.attention(wanted))
 
 
-def test_a_cache_in_the_layout_of_activations_is_refused():
-    q_BTKGC, k_BSKC, v_BSKC = _inputs("float32")
-    with pytest.raises(ValueError, match=r"k \[B,K,C,S\] = \(3, 11, 2, 4\)"):
-        op.attention(q_BTKGC, k_BSKC, v_BSKC, mask=masks.causal(), scale=1.0, q_offset=0)
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def _attend(layout="contiguous", changes=None, **how):
+    case = decode_cases.make_case(T=how.pop("T", 1))
+    cache = decode_cases.make_cache(case, layout)
+    q_BTKGC = jnp.asarray(case.q_BTKGC, jnp.float32)
+    arguments = decode_cases.arguments(case) | {"scale": 1.0} | (changes or {}) | how
+    return op.attention(q_BTKGC, cache, **arguments)
+
+
+@pytest.mark.parametrize(
+    "layout, how, message",
+    [
+        ("paged", {"lengths_B": jnp.zeros(3, jnp.int32)}, r"int32 \(2,\), got int32 \(3,\)"),
+        ("paged", {"lengths_B": jnp.zeros(2)}, r"lengths \[B\] must be int32 \(2,\), got float32"),
+        ("paged", {"starts_B": jnp.zeros((2, 1), jnp.int32)}, r"starts .* got int32 \(2, 1\)"),
+        ("paged", {"sinks_KG": jnp.zeros((3, 2))}, r"\(3, 2\) do not fit heads \[K,G\] = \(2, 3\)"),
+        ("paged", {"bias": biases.Alibi(jnp.ones((2, 1)))}, r"slopes \[K,G\] = \(2, 1\)"),
+        ("paged", {"bias": biases.Relative(jnp.ones((2, 3, 8)))}, "no bias of kind Relative"),
+        ("paged", {"window": 0}, "window = 0 must be at least 1"),
+        ("paged", {"implementation": "single_query"}, r"\(2, 1, 2, 3, 4\) and Paged"),
+        ("slots_last", {"implementation": "single_query", "T": 2}, r"\(2, 2, 2, 3, 4\)"),
+        ("slots_last", {"implementation": "pallas"}, r"k \[B,K,C,S\] = \(2, 2, 4, 12\)"),
+        ("paged", {"implementation": "flash"}, "'flash' is none of auto"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(layout, how, message):
+    with pytest.raises(ValueError, match=message):
+        _attend(layout, **how)
+
+
+@pytest.mark.parametrize("layout", decode_cases.LAYOUTS)
+def test_caches_of_other_heads_are_refused(layout):
+    case = decode_cases.make_case()
+    cache = decode_cases.make_cache(case, layout)
+    q_BTKGC = jnp.zeros((2, 1, 3, 2, 4))
+    with pytest.raises(ValueError, match=r"\(2, 1, 3, 2, 4\).* do not fit"):
+        op.attention(q_BTKGC, cache, lengths_B=jnp.asarray(case.lengths_B), scale=1.0)
+
+
+def test_a_table_beyond_scalar_memory_is_refused():
+    case = decode_cases.make_case()
+    cache = decode_cases.make_cache(case, "paged")
+    cache = dataclasses.replace(cache, table=jnp.zeros((2, 70_000), jnp.int32))
+    how = {"lengths_B": jnp.asarray(case.lengths_B), "scale": 1.0, "implementation": "pallas"}
+    with pytest.raises(ValueError, match=r"\(2, 70000\) needs 546 KiB of 512; use larger pages"):
+        op.attention(jnp.asarray(case.q_BTKGC), cache, **how)

@@ -27,6 +27,9 @@ VARIANTS = {
     "qk_norm_untied": {"use_qk_norm": True, "tie_embeddings": False},
     "post_norm": {"norm_placement": "post", "norm": "layernorm"},
     "chunked_unrolled": {"attention": "chunked", "attention_chunk": 3, "scan_layers": False},
+    "kernels": {"attention": "pallas"},
+    "kernels_alibi_window": {"attention": "pallas", "positions": "alibi", "window": 4},
+    "kernels_softcap": {"attention": "pallas", "attention_softcap": 2.0, "num_kv_heads": 4},
 }
 
 TEXT_LENGTH = 14
@@ -142,7 +145,7 @@ def test_bfloat16_generation_is_the_bfloat16_model(one_device):
     np.testing.assert_allclose(logits_BV, expected_BV, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "window"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "window", "kernels"])
 def test_greedy_text_is_the_argmax_of_the_full_forward(name, one_device):
     config = helpers.tiny_model_config(**VARIANTS[name])
     _, rules = helpers.make_mesh()
@@ -239,7 +242,7 @@ def test_the_old_state_is_given_up(tiny):
     old = _prefill(ready, prompts)
     new, _ = decode.decode(ready, old, params=GREEDY, eos_id=NO_EOS, pad_id=0, num_tokens=2)
     for layer in old.cache:
-        assert layer.k_BKCS.is_deleted() and layer.v_BKSC.is_deleted()
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(layer))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
@@ -311,6 +314,11 @@ def test_a_seed_decides_the_draws(loaded):
 def test_every_mesh_gives_the_tokens_of_one_device(loaded, shape):
     # Five rows: on none of these meshes do they fill the batch evenly.
     assert _texts(_loaded(shape), PROMPTS, GREEDY) == _texts(loaded, PROMPTS, GREEDY)
+
+
+def test_kernels_on_a_mesh_give_the_tokens_of_one_device_without(loaded):
+    on_mesh = _loaded((1, 2, 1, 1, 2), attention="pallas")
+    assert _texts(on_mesh, PROMPTS, GREEDY) == _texts(loaded, PROMPTS, GREEDY)
 
 
 def test_every_mesh_draws_what_one_device_draws(loaded):

@@ -1,57 +1,206 @@
 """One signature for attention to a cache, in the layout that the cache has."""
 
+from collections.abc import Callable
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 
+from llm_jax.kernels.decode_attention import caches
+from llm_jax.kernels.decode_attention import paged
+from llm_jax.kernels.decode_attention import pallas
+from llm_jax.kernels.decode_attention import reference
 from llm_jax.kernels.decode_attention import single_query
 from llm_jax.kernels.flash_attention import biases
-from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import placement
-from llm_jax.kernels.flash_attention import reference
+
+_LOG = logging.getLogger(__name__)
+
+Cache = caches.SlotsLast | caches.Contiguous | paged.Paged
+
+
+def make_cache(
+    batch_size: int,
+    num_heads: int,
+    *,
+    num_slots: int,
+    width: int,
+    dtype: jax.typing.DTypeLike,
+    row_axes: placement.Axes = None,
+    head_axes: placement.Axes = None,
+    implementation: str = "auto",
+) -> caches.SlotsLast | caches.Contiguous:
+    """Returns an empty cache in the layout that suits what will attend to it.
+
+    Args:
+      batch_size, num_heads, num_slots, width: B, K, S and C. A `Contiguous` cache has its slots rounded
+        up to what one copy of the kernel takes.
+      dtype: of keys and values; int8, which rounds them, for `pallas` alone.
+      row_axes, head_axes: of the mesh that is set, which rows and heads are cut over.
+      implementation: `pallas` makes a `Contiguous` cache, and so does `auto` on TPUs where the kernel
+        takes it; every other name of `config.model.attention` a `SlotsLast`.
+
+    Raises:
+      ValueError: int8 where the kernel is not asked for, or not at hand.
+    """
+    local_heads = num_heads // placement.num_parts(head_axes)
+    slots = -(-num_slots // pallas.SLOTS) * pallas.SLOTS
+    device_kind = placement.device_kind()
+    is_taken = implementation == "pallas" or (
+        implementation == "auto"
+        and device_kind.startswith("TPU")
+        and pallas.layout_refusal(local_heads, width, slots, dtype, device_kind) is None
+    )
+    if is_taken:
+        return caches.make_contiguous(
+            batch_size, num_heads, slots, width, dtype, row_axes, head_axes
+        )
+    if jnp.dtype(dtype) == jnp.int8:
+        raise ValueError(
+            f"an int8 cache is for the kernel: [B,K,S,C] = {(batch_size, num_heads, slots, width)} on"
+            f" {device_kind} with implementation {implementation!r} has none; use 'pallas'"
+        )
+    return caches.make_slots_last(
+        batch_size, num_heads, num_slots, width, dtype, row_axes, head_axes
+    )
 
 
 def attention(
     q_BTKGC: jax.Array,
-    k_BKCS: jax.Array,
-    v_BKSC: jax.Array,
+    cache: Cache,
     *,
-    mask: masks.Mask,
+    lengths_B: jax.Array,
     scale: float,
-    q_offset: jax.Array | int,
+    starts_B: jax.Array | None = None,
+    window: int | None = None,
     softcap: float | None = None,
-    bias: biases.Bias | None = None,
+    bias: biases.Alibi | None = None,
     sinks_KG: jax.Array | None = None,
+    implementation: str = "auto",
+    sizes: pallas.Sizes | None = None,
 ) -> jax.Array:
-    """Attends to a cache: `flash_attention.reference.attention`, forward only, in another layout.
+    """Attends with each row's newest queries to its keys and values; forward only.
 
-    Slots are the last dimension of the keys and the head width that of the values, so that both
-    products read memory in order: `q @ k`, `weights @ v`. One query goes to `single_query`, more to
-    the reference.
+    Row b holds the slots from `starts_B[b]` up to `lengths_B[b]`, and query i of T is at slot
+    `lengths_B[b] - T + i`: the cache is written up to the last query. A query sees its own slot and
+    those before.
 
     Args:
-      q_BTKGC: the new queries.
-      k_BKCS, v_BKSC: the cache, written up to the last query.
-      mask: which pairs of slots attend; slots not yet written must not be among them.
-      scale, q_offset, softcap, bias, sinks_KG: as in the reference.
+      q_BTKGC: the queries, one a row or a few (speculative decoding).
+      cache: keys and values; what lies outside of a row may be anything finite, for `pallas` anything.
+      lengths_B: int32, of each row, with what lies before its first slot; at most the cache's slots.
+      scale: factor of the scores, commonly C**-0.5.
+      starts_B: int32, first slot of each row (prompts padded on the left); None: 0.
+      window: a query sees this many slots, its own among them; None: all.
+      softcap: scores become `softcap * tanh(scores / softcap)`.
+      bias: added to the scores after that; slopes alone.
+      sinks_KG: float32 logits that join the softmax and attend to nothing.
+      implementation: `auto`, `reference`, `single_query` (T = 1, of a `SlotsLast`) or `pallas` (of the
+        other two; on a CPU interpreted). `auto` takes `pallas` on TPUs where the kernel takes the
+        arguments, `single_query` where it can, and else the reference; the log says what it took.
+      sizes: how `pallas` cuts the work, instead of its table.
 
     Returns:
-      [B, T, K, G, C] in the dtype of `q_BTKGC`.
+      [B, T, K, G, C] in the dtype of `q_BTKGC`; zeros for a query that sees nothing.
 
     Raises:
-      ValueError: shapes that do not fit each other.
+      ValueError: shapes that do not fit each other, or an implementation that does not take them.
     """
-    _check_shapes(q_BTKGC, k_BKCS, v_BKSC)
-    others = {"mask": mask, "bias": bias, "sinks_KG": sinks_KG}
+    _check_shapes(q_BTKGC, cache)
+    _check_others(q_BTKGC.shape, lengths_B, starts_B, window, bias, sinks_KG)
+    if starts_B is None:
+        starts_B = jnp.zeros_like(lengths_B)
+    others = {"lengths_B": lengths_B, "starts_B": starts_B, "bias": bias, "sinks_KG": sinks_KG}
     how = placement.like_queries(others, q_BTKGC)
-    how |= {"scale": scale, "q_offset": q_offset, "softcap": softcap}
-    if q_BTKGC.shape[1] == 1:
-        return single_query.attention(q_BTKGC, k_BKCS, v_BKSC, **how)
-    k_BSKC = jnp.transpose(k_BKCS, (0, 3, 1, 2))
-    return reference.attention(q_BTKGC, k_BSKC, jnp.swapaxes(v_BKSC, 1, 2), **how)
+    how |= {"scale": scale, "window": window, "softcap": softcap}
+    device_kind = placement.device_kind()
+    if implementation == "auto":
+        implementation = _choose(q_BTKGC, cache, device_kind)
+        _say(implementation, q_BTKGC.shape[1], device_kind)
+    if implementation == "pallas":
+        how |= {"device_kind": device_kind, "sizes": sizes}
+    return _implementation(implementation, q_BTKGC, cache)(q_BTKGC, **how)
 
 
-def _check_shapes(q_BTKGC: jax.Array, k_BKCS: jax.Array, v_BKSC: jax.Array) -> None:
-    q, k, v = q_BTKGC.shape, k_BKCS.shape, v_BKSC.shape
-    do_fit = len(q) == 5 and len(k) == len(v) == 4 and (k[0], k[1], k[3], k[2]) == v
-    if not do_fit or (q[0], q[2], q[4]) != k[:3]:
-        raise ValueError(f"q [B,T,K,G,C] = {q}, k [B,K,C,S] = {k}, v [B,K,S,C] = {v} do not fit")
+def _implementation(name: str, q_BTKGC: jax.Array, cache: Cache) -> Callable[..., jax.Array]:
+    """Returns the named implementation around a cache that it takes."""
+    is_slots_last = isinstance(cache, caches.SlotsLast)
+    if name == "pallas":
+        if is_slots_last:
+            raise ValueError(
+                "decode attention 'pallas' reads a Contiguous or Paged cache, not SlotsLast:"
+                f" k [B,K,C,S] = {cache.k_BKCS.shape}"
+            )
+        return lambda q, **how: pallas.attention(q, cache, **how)
+    if name == "reference":
+        return lambda q, **how: reference.attention(q, *cache.dense(), **how)
+    if name == "single_query":
+        if not is_slots_last or q_BTKGC.shape[1] != 1:
+            raise ValueError(
+                "decode attention 'single_query' takes one query and a SlotsLast cache, not"
+                f" q [B,T,K,G,C] = {q_BTKGC.shape} and {type(cache).__name__}"
+            )
+        return lambda q, **how: single_query.attention(q, cache.k_BKCS, cache.v_BKSC, **how)
+    raise ValueError(
+        f"decode attention implementation {name!r} is none of auto, reference, single_query, pallas"
+    )
+
+
+def _choose(q_BTKGC: jax.Array, cache: Cache, device_kind: str) -> str:
+    if isinstance(cache, caches.SlotsLast):
+        return "single_query" if q_BTKGC.shape[1] == 1 else "reference"
+    if device_kind.startswith("TPU") and pallas.refusal(q_BTKGC, cache, device_kind) is None:
+        return "pallas"
+    return "reference"
+
+
+@functools.cache
+def _say(implementation: str, num_queries: int, device_kind: str) -> None:
+    """Logs a choice once, however many layers make it."""
+    _LOG.info(
+        "attention of %d queries to a cache on %s: %s", num_queries, device_kind, implementation
+    )
+
+
+def _check_shapes(q_BTKGC: jax.Array, cache: Cache) -> None:
+    q = q_BTKGC.shape
+    if len(q) != 5:
+        raise ValueError(f"queries must be [B,T,K,G,C], got {q}")
+    B, _, K, G, C = q
+    if isinstance(cache, caches.SlotsLast):
+        k, v = cache.k_BKCS.shape, cache.v_BKSC.shape
+        if k[:3] != (B, K, C) or v != (B, K, k[3], C):
+            raise ValueError(
+                f"q [B,T,K,G,C] = {q}, k [B,K,C,S] = {k}, v [B,K,S,C] = {v} do not fit"
+            )
+    elif isinstance(cache, caches.Contiguous):
+        kv = cache.kv_B2SW.shape
+        if (*kv[:2], *kv[3:]) != (B, 2, K * C) or cache.num_heads != K:
+            raise ValueError(
+                f"q [B,T,K,G,C] = {q} and kv [B,2,S,K*C] = {kv} of {cache.num_heads} heads do not fit"
+            )
+    else:
+        kv, table = cache.kv_pages.shape, cache.table.shape
+        if (kv[1], kv[3], table[0], cache.num_heads) != (2, K * C, B, K):
+            raise ValueError(
+                f"q [B,T,K,G,C] = {q}, kv_pages [pages,2,slots,K*C] = {kv} of {cache.num_heads}"
+                f" heads, table [B,pages of a row] = {table} do not fit"
+            )
+
+
+def _check_others(q, lengths_B, starts_B, window, bias, sinks_KG) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window} must be at least 1: a query sees its own slot")
+    for name, array in (("lengths", lengths_B), ("starts", starts_B)):
+        if array is not None and (array.shape != q[:1] or array.dtype != jnp.int32):
+            raise ValueError(f"{name} [B] must be int32 {q[:1]}, got {array.dtype} {array.shape}")
+    if not isinstance(bias, biases.Alibi | None):
+        raise ValueError(
+            f"attention to a cache takes no bias of kind {type(bias).__name__}; use Alibi, or"
+            " flash_attention.op with q_offset"
+        )
+    heads = {"sinks": sinks_KG, "ALiBi slopes": None if bias is None else bias.slopes_KG}
+    for name, array in heads.items():
+        if array is not None and array.shape != q[2:4]:
+            raise ValueError(f"{name} [K,G] = {array.shape} do not fit heads [K,G] = {q[2:4]}")

@@ -51,7 +51,7 @@ def attention(
     others = {"mask": mask, "bias": bias, "sinks_KG": sinks_KG}
     placed = placement.like_queries(others, q_BTKGC)
     mask, bias, sinks_KG = (placed[name] for name in others)
-    device_kind = _device_kind()
+    device_kind = placement.device_kind()
     if implementation == "auto":
         is_library = jax_nn.refusal(q_BTKGC, v_BSKC, softcap, sinks_KG, dropout) is None
         is_library = is_library and jax_nn.has_cudnn(q_BTKGC, v_BSKC, bias, device_kind)
@@ -106,12 +106,6 @@ def _choose(
 def _say(implementation: str, num_queries: int, device_kind: str) -> None:
     """Logs a choice once, however many layers make it."""
     _LOG.info("attention of %d queries on %s: %s", num_queries, device_kind, implementation)
-
-
-def _device_kind() -> str:
-    """Returns what the mesh that is set is made of, which need not be of this host."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _check_shapes(

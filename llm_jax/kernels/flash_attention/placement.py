@@ -1,17 +1,31 @@
 """Where the arrays of an attention lie on the mesh: as its queries do."""
 
 from collections.abc import Sequence
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+Axes = str | Sequence[str] | None  # of the mesh that is set, which a dimension is cut over
 
-def is_cut(axes: str | Sequence[str] | None) -> bool:
-    """Returns whether a dimension on these axes of the mesh that is set lies on several devices."""
+
+def device_kind() -> str:
+    """Returns what the mesh that is set is made of, which need not be of this host."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def num_parts(axes: Axes) -> int:
+    """Returns how many devices a dimension on these axes of the mesh that is set lies on."""
     names = (axes,) if isinstance(axes, str) else axes or ()
-    return any(jax.sharding.get_abstract_mesh().shape[name] > 1 for name in names)
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+
+
+def is_cut(axes: Axes) -> bool:
+    """Returns whether a dimension on these axes of the mesh that is set lies on several devices."""
+    return num_parts(axes) > 1
 
 
 def like_queries(tree: dict[str, Any], q_BTKGC: jax.Array) -> dict[str, Any]:
