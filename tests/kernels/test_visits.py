@@ -16,7 +16,10 @@ from tests.kernels import attention_oracle
 from tests.kernels import mask_trees
 
 FORWARD = forward_visits.Blocks(q=4, kv=4, tile=2, chunk=2, lead=1, lag=1)
-BACKWARD = backward_visits.Blocks(4, 4, 2, 2, 1, 1, 2, 2)
+BACKWARD = backward_visits.Blocks(8, 8, 4, 4, 2, 2, 2, 2)
+
+# Both edges cut tiles, never the same one.
+BAND = masks.local_window(5, 0)
 
 
 def _placed(mask, is_traced):
@@ -40,6 +43,8 @@ SIZES = [
 @pytest.mark.parametrize("is_traced", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 @hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.example((BAND, 9, 9, 0, 1, 1))
+@hypothesis.example((masks.causal(), 9, 9, 2, 1, 1))
 @hypothesis.given(mask_trees.cases())
 def test_forward_visits_cover_the_mask_once(sizes, is_traced, case):
     mask, num_queries, num_keys, offset, _, _ = case
@@ -131,6 +136,8 @@ def _own_parts(visits, sizes, tables, origin, kind, numbers):
 @pytest.mark.parametrize("is_q_outer", [False, True])
 @pytest.mark.parametrize("is_traced", [False, True])
 @hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.example((BAND, 9, 9, 0, 1, 1))
+@hypothesis.example((masks.causal(), 9, 9, 2, 1, 1))
 @hypothesis.given(mask_trees.cases())
 def test_backward_visits_cover_the_mask_once(is_traced, is_q_outer, case):
     mask, num_queries, num_keys, offset, _, _ = case
