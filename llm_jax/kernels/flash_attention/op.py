@@ -38,9 +38,10 @@ def attention(
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
     `auto` takes `pallas` on TPUs where the kernels take the arguments (`pallas.refusal`), cuDNN by
-    `jax_nn` on GPUs where that takes them; else `chunked` for more queries than one chunk holds (the scores would weigh more than the rest of the
-    layer), and `reference` below. The log says what it took. `pallas` runs TPU kernels for the devices
-    of the mesh that is set, and interprets them on a CPU; `blocks` overrides its table.
+    `jax_nn` on GPUs where that takes them; else `chunked` for more queries than one chunk holds (the
+    scores would weigh more than the rest of the layer), and `reference` below. The log says what it
+    took. `pallas` runs TPU kernels for the devices of the mesh that is set, and interprets them on a
+    CPU; `blocks` overrides its table.
 
     The result is named `attention_output`, for remat policies.
 
