@@ -13,6 +13,7 @@ from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import op
+from llm_jax.kernels.flash_attention import pallas
 from llm_jax.models import layers
 from llm_jax.models import positions
 
@@ -23,14 +24,15 @@ class Context:
     """What all layers of one forward pass share.
 
     Attributes:
-      mask: who attends to whom among the tokens of this pass; None where a cache precedes them.
+      mask: who attends to whom among the tokens of this pass, with the kernels' tables if they need
+        some; None where a cache precedes them.
       rotary: cosines and sines of `positions.rotary_tables`; None without RoPE.
       bias: added to the scores; None without ALiBi.
       slot: of the first token in the cache; the integer 0 where nothing precedes it.
       starts_B: first slot of each row in the cache; None: 0.
     """
 
-    mask: masks.Mask | None
+    mask: masks.Mask | pallas.Prepared | None
     rotary: tuple[jax.Array, jax.Array] | None = None
     bias: biases.Alibi | None = None
     slot: jax.Array | int = 0
@@ -56,6 +58,18 @@ def make_context(
     if config.positions == "alibi":
         slopes_KG = jnp.asarray(positions.alibi_slopes(config.num_heads))
         bias = biases.Alibi(slopes_KG.reshape(config.kv_heads, -1))
+    if mask is not None:
+        C = config.head_width
+        mask = op.prepare(
+            mask,
+            positions_BT,
+            num_keys=positions_BT.shape[1],
+            widths=(C, C),
+            group=config.num_heads // config.kv_heads,
+            dtype=config.dtype,
+            implementation=config.attention,
+            bias=bias,
+        )
     return Context(mask, rotary, bias, slot, starts_B)
 
 

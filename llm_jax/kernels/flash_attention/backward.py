@@ -17,7 +17,6 @@ The maths is that of FlashAttention-2 (Dao 2023, algorithm 2). How the work lies
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import backward_kernel
+from llm_jax.kernels.flash_attention import backward_plan
 from llm_jax.kernels.flash_attention import backward_visits
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import diagonals
@@ -205,43 +205,6 @@ def run(
     return dict(zip(outs, found, strict=True))
 
 
-def _fits_at_once(
-    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int, taken: int
-) -> bool:
-    """Whether the queries' gradients of a group fit in VMEM beside all else that the kernel holds."""
-    rows, widths = blocks.macro_q + blocks.macro_k, C + Cv
-    windows, copies = 4 * size * rows * widths, size * rows * widths + 4 * blocks.macro_k * widths
-    tiles = 6 * 4 * blocks.open_q * blocks.open_k
-    sums = 4 * group * -(-T // blocks.macro_q) * blocks.macro_q * C
-    return sums + windows + copies + tiles + taken <= blocks.vmem_bytes
-
-
-def _sized(
-    blocks: backward_visits.Blocks, T: int, group: int, C: int, Cv: int, size: int, taken: int
-) -> tuple[backward_visits.Blocks, bool]:
-    """Returns the blocks, with smaller macro blocks where VMEM asks for them, and if one run will do.
-
-    Args:
-      taken: bytes for the bias.
-    """
-    found = blocks
-    while not _fits_at_once(found, T, group, C, Cv, size, taken):
-        macros = found.macro_q // 2, found.macro_k // 2
-        if macros[0] % found.open_q or macros[1] % found.open_k or min(macros) < _LEAST_MACRO:
-            break
-        found = dataclasses.replace(found, macro_q=macros[0], macro_k=macros[1])
-    else:
-        return found, True
-    capped = {
-        f"macro_{axis}": min(getattr(blocks, f"macro_{axis}"), _TWO_RUNS_MACRO) for axis in "qk"
-    }
-    return dataclasses.replace(blocks, **capped), False
-
-
-# Smaller ones cost more than a second run does; in two runs nothing larger was compiled.
-_LEAST_MACRO, _TWO_RUNS_MACRO = 2048, 4096
-
-
 def _in_pieces(x: jax.Array, piece: int, macro: int) -> jax.Array:
     """[..., N] as [..., pieces, 1, piece] of whole macro blocks, zeros past the end."""
     spare = -x.shape[-1] % macro
@@ -260,6 +223,7 @@ def attention(
     parts: scores_lib.Parts,
     blocks: backward_visits.Blocks,
     q_offset: jax.Array | int = 0,
+    visits: tuple[backward_visits.Visits, ...] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, biases.Bias | None]:
     """Returns the gradients of queries, keys and values, in their shapes and dtypes, and of the bias.
@@ -275,6 +239,7 @@ def attention(
       parts: as in the forward kernel.
       blocks: fitted to T and S.
       q_offset: the same slot as in `parts`.
+      visits: from `backward_plan.make_visits`, if they are made already.
       interpret: run on any platform, slowly.
     """
     B, H, T, C = q_BHTC.shape
@@ -284,11 +249,11 @@ def attention(
     def turned(x):
         return jnp.swapaxes(x, 2, 3) if is_c_first else x
 
-    bias, flat_from = parts.bias, diagonals.flat_from(parts.bias, blocks.open_k, blocks.open_q)
-    parts, blocks = _with_bias(parts, blocks, q_offset)
+    bias, sizes = parts.bias, (H // K, C, Cv, q_BHTC.dtype.itemsize)
+    if visits is None:
+        visits = backward_plan.make_visits(parts, blocks, T, S, sizes, q_offset)
+    parts, blocks, flat_from, is_at_once = backward_plan.planned(parts, blocks, T, sizes, q_offset)
     terms = parts.bias if isinstance(parts.bias, tuple) else ()
-    taken = _bytes_taken(bias, terms, blocks)
-    blocks, is_at_once = _sized(blocks, T, H // K, C, Cv, q_BHTC.dtype.itemsize, taken)
     given = scores_lib.operands(parts)
     arrays = {"q_in": q_BHTC, "k_in": k_BKSC, "v_in": v_BKSC, "do_in": dy_BHTC}
     arrays = {name: turned(x) for name, x in arrays.items()}
@@ -317,18 +282,9 @@ def attention(
     if isinstance(bias, biases.Full):
         outs["dbias"] = jax.ShapeDtypeStruct(bias.bias_BKGTS.shape, bias.bias_BKGTS.dtype)
     found = {}
-    for part, names in _runs(plan, bias, list(outs), is_at_once):
-        visits = backward_visits.make_visits(
-            parts.mask,
-            T,
-            S,
-            blocks,
-            q_offset,
-            is_q_outer=not part.has_dkv,
-            flat_from=flat_from,
-            is_everywhere=part.own is not None,
-        )
-        found |= run(part, visits, arrays, {name: outs[name] for name in names}, interpret)
+    runs = _runs(plan, bias, list(outs), is_at_once)
+    for (part, names), of_run in zip(runs, visits, strict=True):
+        found |= run(part, of_run, arrays, {name: outs[name] for name in names}, interpret)
     dbias = None
     if isinstance(bias, biases.Relative):
         sums = [jnp.sum(found[f"dbias_{n}"], 0) for n in range(len(terms))]
@@ -355,48 +311,6 @@ def _runs(
         alone = dataclasses.replace(plan, has_dq=False, has_dkv=False, has_dbias=True, own=own)
         runs.append((alone, ["dbias"]))
     return runs
-
-
-def _bytes_taken(
-    bias: biases.Bias | None,
-    terms: tuple[diagonals.Diagonals, ...],
-    blocks: backward_visits.Blocks,
-) -> int:
-    """Returns the VMEM for a bias: blocks of an array, or tiles by distance and as many sums."""
-    if isinstance(bias, biases.Full):
-        return 2 * 4 * blocks.macro_q * blocks.macro_k
-    return sum(2 * 4 * math.prod(term.tiles_shape) for term in terms)
-
-
-# A full array comes in blocks of so many queries and keys at most.
-_ARRAY_BLOCK = 1024
-
-
-def _with_bias(
-    parts: scores_lib.Parts, blocks: backward_visits.Blocks, q_offset: jax.Array | int
-) -> tuple[scores_lib.Parts, backward_visits.Blocks]:
-    """Returns parts with the bias as the kernel takes it, and blocks that leave room for it."""
-    bias, of_open = parts.bias, (blocks.open_k, blocks.open_q)
-    if bias is None:
-        return parts, blocks
-    if isinstance(bias, biases.Full):
-        macro_k, macro_q = (
-            size * max(1, min(macro, _ARRAY_BLOCK) // size)
-            for macro, size in zip((blocks.macro_k, blocks.macro_q), of_open)
-        )
-        return parts, dataclasses.replace(blocks, macro_q=macro_q, macro_k=macro_k)
-    if isinstance(bias, biases.Relative):
-        of_open = (diagonals.corner(bias, *of_open),) * 2
-    shapes = dict.fromkeys((of_open, (blocks.masked_k, blocks.masked_q)))
-    terms = (diagonals.make(bias, parts.mask, shape, q_offset) for shape in shapes)
-    return dataclasses.replace(parts, bias=tuple(terms)), blocks
-
-
-def table_bytes(bias: biases.Relative, blocks: backward_visits.Blocks) -> int:
-    """Returns the VMEM for the tiles of a table and the sums of its gradient, at most."""
-    corner = diagonals.corner(bias, blocks.open_k, blocks.open_q)
-    shapes = {(corner, corner), (blocks.masked_k, blocks.masked_q)}
-    return sum(2 * 4 * diagonals.most_tiles(bias, *shape) * math.prod(shape) for shape in shapes)
 
 
 def _as_argument(operand: scores_lib.Operand, blocks: backward_visits.Blocks) -> jax.Array:

@@ -24,7 +24,7 @@ def attention(
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
     *,
-    mask: masks.Mask,
+    mask: masks.Mask | pallas.Prepared,
     scale: float,
     implementation: str,
     chunk: int,
@@ -43,13 +43,15 @@ def attention(
     took. `pallas` runs TPU kernels for the devices of the mesh that is set, and interprets them on a
     CPU; `blocks` overrides its table.
 
+    A mask that is data may come with the tables of the kernels, made by `prepare` once for all layers.
     The result is named `attention_output`, for remat policies.
 
     Raises:
       ValueError: shapes that do not fit each other, or an unknown implementation.
     """
     _check_shapes(q_BTKGC, k_BSKC, v_BSKC, bias, sinks_KG)
-    others = {"mask": mask, "bias": bias, "sinks_KG": sinks_KG}
+    prepared = mask if isinstance(mask, pallas.Prepared) else None
+    others = {"mask": prepared.mask if prepared else mask, "bias": bias, "sinks_KG": sinks_KG}
     placed = placement.like_queries(others, q_BTKGC)
     mask, bias, sinks_KG = (placed[name] for name in others)
     device_kind = placement.device_kind()
@@ -77,6 +79,7 @@ def attention(
         y_BTKGC = jax_nn.attention(q_BTKGC, k_BSKC, v_BSKC, device_kind=device_kind, **how)
         return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
     if implementation == "pallas":
+        how["mask"] = prepared or mask
         return pallas.attention(
             q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, device_kind=device_kind, blocks=blocks, **how
         )
@@ -84,6 +87,30 @@ def attention(
         f"attention implementation {implementation!r} is none of"
         " auto, reference, chunked, jax_nn, pallas"
     )
+
+
+def prepare(
+    mask: masks.Mask,
+    like_BT: jax.Array,
+    *,
+    num_keys: int,
+    widths: tuple[int, int],
+    group: int,
+    dtype: jax.typing.DTypeLike,
+    implementation: str,
+    bias: biases.Bias | None = None,
+    blocks: blocks_lib.Blocks | None = None,
+) -> masks.Mask | pallas.Prepared:
+    """Returns what many layers may be given for a mask: `pallas.prepare` where `attention` would take
+    the kernels, else the mask as it is."""
+    device_kind = placement.device_kind()
+    is_tpu = device_kind.startswith("TPU") and blocks_lib.is_known(device_kind)
+    is_taken = implementation == "pallas" or (implementation == "auto" and is_tpu)
+    spec = (*jax.typeof(like_BT).sharding.spec, None, None)
+    if not is_taken or placement.is_cut(spec[1]):
+        return mask
+    how = {"num_keys": num_keys, "widths": widths, "group": group, "dtype": dtype}
+    return pallas.prepare(mask, like_BT, device_kind=device_kind, bias=bias, blocks=blocks, **how)
 
 
 def _choose(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax import ad_checkpoint
@@ -11,6 +12,8 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 from llm_jax.kernels.flash_attention import backward
+from llm_jax.kernels.flash_attention import backward_plan
+from llm_jax.kernels.flash_attention import backward_visits
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import chunked
@@ -32,12 +35,83 @@ class _Static:
     is_interpreted: bool
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A mask of arrays with its tables for the kernels, from `prepare`: the same for all layers.
+
+    Attributes:
+      forward, backward: which blocks the kernels visit; of each device's rows, side by side.
+      made_for: what the tables follow from beside the mask.
+    """
+
+    mask: masks.Mask
+    forward: forward_visits.Visits
+    backward: tuple[backward_visits.Visits, ...]
+    made_for: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+
+
+def prepare(
+    mask: masks.Mask,
+    like_BT: jax.Array,
+    *,
+    num_keys: int,
+    widths: tuple[int, int],
+    group: int,
+    dtype: jax.typing.DTypeLike,
+    device_kind: str,
+    bias: biases.Bias | None = None,
+    blocks: blocks_lib.Blocks | None = None,
+) -> masks.Mask | Prepared:
+    """Returns the mask with its tables made, to be given to `attention` by many layers.
+
+    A mask without arrays comes back as it is: its tables are constants.
+
+    Args:
+      like_BT: any array whose rows and slots lie where those of the queries do.
+      num_keys: S.
+      widths: of queries and of values.
+      group: query heads of a key head.
+      dtype: of queries, keys and values.
+      device_kind, bias, blocks: as for `attention`.
+    """
+    if masks.is_static(mask):
+        return mask
+    T = like_BT.shape[1]
+    chosen = blocks or blocks_lib.for_device(device_kind, widths[0], T)
+    made_for = _made_for(T, num_keys, widths, group, dtype, bias, 0, chosen)
+    mask = placement.like_queries({"mask": mask}, like_BT)["mask"]
+    # Of a bias only shapes matter: its arrays stay where they are.
+    shape_of_bias = jax.eval_shape(lambda: bias)
+
+    def local(mask):
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape_of_bias)
+        parts = scores_lib.Parts(mask, blank, None, None, None, None, scale=1.0, softcap=None)
+        sizes = forward.fitted(chosen.forward, mask, (T, num_keys), widths, dtype, 0, blank)
+        backward_sizes = group, *widths, jnp.dtype(dtype).itemsize
+        fitted = chosen.backward.fit(T, num_keys)
+        return (
+            forward_visits.make_visits(mask, T, num_keys, sizes),
+            backward_plan.make_visits(parts, fitted, T, num_keys, backward_sizes, 0),
+        )
+
+    if not jax.sharding.get_abstract_mesh().empty:
+        row_axes = (*jax.typeof(like_BT).sharding.spec, None)[0]
+        local = jax.shard_map(local, out_specs=PartitionSpec(row_axes), check_vma=False)
+    return Prepared(mask, *local(mask), made_for)
+
+
+def _made_for(T, S, widths, group, dtype, bias, q_offset, blocks) -> tuple[Any, ...]:
+    kind = None if bias is None else jax.tree.structure(bias)
+    return T, S, *widths, group, jnp.dtype(dtype).name, kind, q_offset, blocks
+
+
 def attention(
     q_BTKGC: jax.Array,
     k_BSKC: jax.Array,
     v_BSKC: jax.Array,
     *,
-    mask: masks.Mask,
+    mask: masks.Mask | Prepared,
     scale: float,
     chunk: int,
     device_kind: str,
@@ -63,6 +137,8 @@ def attention(
     if reason is not None:
         raise ValueError(f"attention 'pallas' {reason}; use 'chunked'")
     is_known = isinstance(q_offset, int)
+    if isinstance(mask, Prepared):
+        _check_prepared(mask, q_BTKGC, v_BSKC, bias, q_offset if is_known else None, chosen)
     static = _Static(
         scale,
         softcap,
@@ -73,6 +149,19 @@ def attention(
     )
     extra = (mask, bias, sinks_KG, dropout, None if is_known else q_offset)
     return _attention(static, q_BTKGC, k_BSKC, v_BSKC, *extra)
+
+
+def _check_prepared(prepared: Prepared, q_BTKGC, v_BSKC, bias, q_offset, blocks) -> None:
+    (_, T, _, G, C), (_, S, _, Cv) = q_BTKGC.shape, v_BSKC.shape
+    wanted = _made_for(T, S, (C, Cv), G, q_BTKGC.dtype, bias, q_offset, blocks)
+    if prepared.made_for != wanted:
+        names = "T", "S", "width", "values' width", "group", "dtype", "bias", "q_offset", "blocks"
+        others = (
+            f"{name} = {has} and not {wants}"
+            for name, has, wants in zip(names, prepared.made_for, wanted)
+            if has != wants
+        )
+        raise ValueError(f"attention 'pallas' got tables prepared for {', '.join(others)}")
 
 
 def refusal(
@@ -97,7 +186,7 @@ def refusal(
                 f"needs a table whose distances go past the {num_exact} that have buckets of their own,"
                 f" not to {bias.max_distance}"
             )
-        needed = backward.table_bytes(bias, blocks.backward)
+        needed = backward_plan.table_bytes(bias, blocks.backward)
         if needed > blocks.backward.vmem_bytes // 2:
             return (
                 f"holds tiles of a table in VMEM: distances to {bias.max_distance} need"
@@ -152,6 +241,13 @@ def _on_each_device(
     return run(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
 
 
+def _parted(mask: masks.Mask | Prepared) -> tuple[masks.Mask, Any, Any]:
+    """Returns a mask, and the tables of both kernels if they are made."""
+    if isinstance(mask, Prepared):
+        return mask.mask, mask.forward, mask.backward
+    return mask, None, None
+
+
 def _heads_first(x: jax.Array) -> jax.Array:
     """[B, T, ..., C] as [B, H, T, C], all heads in one dimension."""
     x = x.reshape(*x.shape[:2], -1, x.shape[-1])
@@ -187,13 +283,14 @@ def _forward_on_one_device(
 ):
     B, T, K, G, _ = q_BTKGC.shape
     offset = static.q_offset if q_offset is None else q_offset
+    mask, visits, _ = _parted(mask)
     S, widths = k_BSKC.shape[1], (q_BTKGC.shape[-1], v_BSKC.shape[-1])
     sizes = static.blocks.forward
     blocks = forward.fitted(sizes, mask, (T, S), widths, q_BTKGC.dtype, offset, bias)
     y_BHTC, lse_BHT = forward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
         parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
-        visits=forward_visits.make_visits(mask, T, S, blocks, offset),
+        visits=visits or forward_visits.make_visits(mask, T, S, blocks, offset),
         blocks=blocks,
         sinks_H=None if sinks_KG is None else sinks_KG.reshape(-1),
         q_offset=offset,
@@ -223,6 +320,7 @@ def _backward_on_one_device(
 ):
     del sinks_KG  # the logsumexp holds them
     B, T, K, G, _ = q_BTKGC.shape
+    mask, _, visits = _parted(mask)
     dq, dk, dv, dbias = backward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC, dy_BTKGC)),
         lse_BKGT.reshape(B, K * G, T),
@@ -230,6 +328,7 @@ def _backward_on_one_device(
         parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
         q_offset=static.q_offset if q_offset is None else q_offset,
         blocks=static.blocks.backward.fit(T, k_BSKC.shape[1]),
+        visits=visits,
         interpret=static.is_interpreted,
     )
     found = (
@@ -283,7 +382,7 @@ def _bias_gradient(static, arrays, dy_BTKGC):
     def run(bias):
         return chunked.attention(
             *qkv,
-            mask=mask,
+            mask=_parted(mask)[0],
             scale=static.scale,
             chunk=static.chunk,
             q_offset=static.q_offset if q_offset is None else q_offset,
