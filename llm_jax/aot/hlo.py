@@ -93,7 +93,8 @@ _TILE = re.compile(r"T\(([\d,]+)\)(\()?")
 _SPACE = re.compile(r"S\((\d+)\)")
 
 # What passes an array on as it is, so that a constant may be looked for behind it.
-_PASSING = {"copy", "copy-start", "copy-done", "bitcast", "reshape", "opt-barrier"}
+# A number that is broadcast is a constant too; a longer one does not have the size that is asked for.
+_PASSING = {"broadcast", "copy", "copy-start", "copy-done", "bitcast", "reshape", "opt-barrier"}
 
 
 def _num_bits(dtype: str) -> int:
@@ -162,6 +163,8 @@ class Module:
             source = self.by_name[computation][name]
             if constant is not None and source.types:
                 literal = self._literals.get(constant.name, constant.literal)
+                if constant.opcode == "iota":  # what the compiler makes of 0, 1, 2, ...
+                    literal = _counted(constant)
                 found = words(literal, source.types[0])
                 if found is not None:
                     constants[index] = found
@@ -171,7 +174,7 @@ class Module:
         """Returns the constant that `name`, or its tuple's element `index`, is a copy of."""
         operation = self.by_name[computation].get(name)
         while operation is not None:
-            if operation.opcode == "constant":
+            if operation.opcode in ("constant", "iota"):
                 return operation if index is None else None
             if operation.opcode == "tuple" and index is not None:
                 name, index = operation.operands[index], None
@@ -203,6 +206,14 @@ class Module:
             return None
         outside, loop = self._loops[body]
         return outside, loop.operands[0]
+
+
+def _counted(iota: Operation) -> str:
+    """Returns the values of an iota as a constant's literal has them."""
+    shape = iota.types[0].shape
+    dimension = int(re.search(r"iota_dimension=(\d+)", iota.attributes)[1])
+    along = np.arange(shape[dimension]).reshape([-1] + [1] * (len(shape) - 1 - dimension))
+    return ", ".join(map(str, np.broadcast_to(along, shape).reshape(-1).tolist()))
 
 
 def parse_operation(line: str) -> Operation:

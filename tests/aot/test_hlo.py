@@ -119,6 +119,34 @@ def test_tables_lie_in_tiles(shape, tile):
         assert words[at] == values[place]
 
 
+_KERNEL = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x.1: f32[8]) -> f32[8] {{
+  %x.1 = f32[8]{{0:T(128)}} parameter(0)
+  %two.1 = s32[2]{{0:T(128)}} constant({{3, 4}})
+  %one.1 = s32[]{{:T(128)}} constant(5)
+  %table.1 = {table}
+  ROOT %y.1 = f32[8]{{0:T(128)}} custom-call(%table.1, %x.1), custom_call_target="tpu_custom_call"
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "table, wanted",
+    [
+        ("s32[4]{0:T(4)} iota(), iota_dimension=0", [0, 1, 2, 3]),
+        ("s32[2,2]{1,0:T(2,2)} iota(), iota_dimension=1", [0, 1, 0, 1]),
+        ("s32[2,2]{1,0:T(2,2)} iota(), iota_dimension=0", [0, 0, 1, 1]),
+        ("s32[4]{0:T(4)} broadcast(%one.1), dimensions={}", [5, 5, 5, 5]),
+        ("s32[2,2]{1,0:T(2,2)} broadcast(%two.1), dimensions={1}", None),
+    ],
+)
+def test_tables_that_the_compiler_counts_or_repeats_are_known(table, wanted):
+    module = hlo.Module(_KERNEL.format(table=table))
+    call = module.by_name["main"]["y.1"]
+    assert module.constant_operands("main", call).get(0) == wanted
+
+
 @pytest.mark.parametrize(
     ("kind", "num_bytes", "space"),
     [
