@@ -10,8 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from llm_jax.aot import topology
-from llm_jax.kernels.flash_attention import masks
-from llm_jax.kernels.flash_attention import pallas
 
 
 def lower_matmul(devices, *, size):
@@ -63,30 +61,6 @@ def lower_pallas_matmul(devices, *, size, block, depth, rows=None):
     x_NM = topology.array((rows, size), jnp.bfloat16, devices[0])
     y_MM = topology.array((size, size), jnp.bfloat16, devices[0])
     return jax.jit(kernel).lower(x_NM, y_MM)
-
-
-def lower_attention(devices, *, batch, length, heads, width):
-    """Causal attention and its gradients, by this repository's kernels."""
-    device = devices[0]
-
-    def attend(q_BTKGC, k_BSKC, v_BSKC):
-        return pallas.attention(
-            q_BTKGC,
-            k_BSKC,
-            v_BSKC,
-            mask=masks.causal(),
-            scale=width**-0.5,
-            chunk=512,
-            device_kind=device.device_kind,
-        )
-
-    def attend_and_differentiate(q_BTKGC, k_BSKC, v_BSKC, y_bar_BTKGC):
-        y_BTKGC, vjp = jax.vjp(attend, q_BTKGC, k_BSKC, v_BSKC)
-        return y_BTKGC, vjp(y_bar_BTKGC)
-
-    q_BTKGC = topology.array((batch, length, heads, 1, width), jnp.bfloat16, device)
-    k_BSKC = topology.array((batch, length, heads, width), jnp.bfloat16, device)
-    return jax.jit(attend_and_differentiate).lower(q_BTKGC, k_BSKC, k_BSKC, q_BTKGC)
 
 
 def lower_misshapen(devices):
