@@ -30,6 +30,16 @@ def _attention(**fields) -> tuple[str, dict]:
     return programs.target("attention"), {"shape": dataclasses.asdict(shapes.Attention(**shape))}
 
 
+def _decode(**fields) -> tuple[str, dict]:
+    shape = {"lengths": (1000, 5000, 300, 4096), "key_heads": 4} | fields
+    return programs.target("decode"), {"shape": dataclasses.asdict(shapes.Decode(**shape))}
+
+
+def _cross_entropy(implementation: str) -> tuple[str, dict]:
+    shape = shapes.CrossEntropy(2048, 8192, 512, implementation)
+    return programs.target("cross_entropy"), {"shape": dataclasses.asdict(shape)}
+
+
 PROGRAMS: Mapping[str, tuple[str, dict]] = {
     "attention forward": _attention(has_gradient=False),
     "attention": _attention(),
@@ -37,6 +47,11 @@ PROGRAMS: Mapping[str, tuple[str, dict]] = {
     "attention of groups, soft-capped": _attention(key_heads=1, softcap=50.0),
     "attention window 512": _attention(mask="window 512"),
     "attention ALiBi": _attention(bias="alibi"),
+    "attention T5": _attention(bias="t5", has_bias_gradient=True),
+    "decode, pages of 64": _decode(page=64),
+    "decode, contiguous": _decode(page=None),
+    "decode, int8": _decode(dtype="int8"),
+    "cross-entropy, kernels": _cross_entropy("pallas"),
 }
 
 

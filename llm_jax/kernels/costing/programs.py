@@ -7,9 +7,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from llm_jax import config as config_lib
+from llm_jax import mesh as mesh_lib
 from llm_jax.aot import topology
 from llm_jax.kernels.costing import shapes
+from llm_jax.kernels.cross_entropy import op as cross_entropy_op
+from llm_jax.kernels.decode_attention import caches
+from llm_jax.kernels.decode_attention import paged
+from llm_jax.kernels.decode_attention import pallas as decode_pallas
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import pallas
 
@@ -58,6 +65,71 @@ def attend(
         return _laid(y_BTKGC.reshape(*q.shape[:3], -1), layout)
 
     return run
+
+
+def decode(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
+    """Lowers `decode_attention.pallas` for one device; `shape` has the fields of `shapes.Decode`.
+
+    Lengths and tables are constants of the program, so that the cost model knows what is read.
+    """
+    case, device = shapes.Decode(**shape), devices[0]
+    B, K, G, C = len(case.lengths), case.key_heads, case.group, case.width
+    pages = case.num_slots // (case.page or case.num_slots)
+    table = np.random.default_rng(0).permutation(B * pages).astype(np.int32).reshape(B, pages)
+
+    def attend(q_BTKGC, kv, scales):
+        cache = (
+            caches.Contiguous(kv, scales, K)
+            if case.page is None
+            else paged.Paged(kv, scales, table, K)
+        )
+        return decode_pallas.attention(
+            q_BTKGC,
+            cache,
+            lengths_B=np.asarray(case.lengths, np.int32),
+            starts_B=np.zeros(B, np.int32),
+            scale=C**-0.5,
+            device_kind=device.device_kind,
+            window=case.window,
+        )
+
+    rows, slots = (B * pages, case.page) if case.page else (B, case.num_slots)
+    scales = None
+    if case.dtype == "int8":
+        scales = topology.array((rows, 2, K, slots), "float32", device)
+    q_BTKGC = topology.array((B, case.queries, K, G, C), "bfloat16", device)
+    kv = topology.array((rows, 2, slots, K * C), case.dtype, device)
+    return jax.jit(attend).lower(q_BTKGC, kv, scales)
+
+
+def cross_entropy(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
+    """Lowers a loss and its gradients for one device; `shape` has `shapes.CrossEntropy`'s fields."""
+    case, device = shapes.CrossEntropy(**shape), devices[0]
+    mesh = mesh_lib.make(config_lib.MeshConfig(), [device])
+
+    def loss(x_BTD, head_VD, targets_BT, weights_BT):
+        losses = cross_entropy_op.cross_entropy(
+            x_BTD,
+            head_VD,
+            targets_BT,
+            weights_BT,
+            head_dims="VD",
+            implementation=case.implementation,
+            chunk=1024,
+            z_loss=1e-4,
+        )
+        return losses.objective / jnp.sum(weights_BT), losses
+
+    size, placed = (1, case.tokens), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arrays = {
+        "x_BTD": ((*size, case.width), "bfloat16"),
+        "head_VD": ((case.ids, case.width), "float32"),
+        "targets_BT": (size, "int32"),
+        "weights_BT": (size, "float32"),
+    }
+    structs = [jax.ShapeDtypeStruct(*one, sharding=placed) for one in arrays.values()]
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*structs)
 
 
 def target(name: str) -> str:

@@ -120,3 +120,62 @@ class Attention:
         if "array" in arrays:
             return biases.Full(arrays["array"])
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """A step of generation: new queries of each row against its cache.
+
+    Attributes:
+      lengths: slots of each row; so many rows.
+      key_heads, group, width: K, G, C.
+      queries: T.
+      page: slots of a page; None for a contiguous cache.
+      dtype: of keys and values; queries are bfloat16.
+      window: slots that a query sees; None: all.
+    """
+
+    lengths: tuple[int, ...]
+    key_heads: int = 8
+    group: int = 4
+    width: int = 128
+    queries: int = 1
+    page: int | None = 128
+    dtype: str = "bfloat16"
+    window: int | None = None
+
+    @property
+    def num_slots(self) -> int:
+        """Of the longest row, in whole pages."""
+        page = self.page or 128
+        return -(-max(self.lengths) // page) * page
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of the keys and values that some query sees, with their scales."""
+        seen = self.lengths
+        if self.window is not None:
+            seen = [min(length, self.window + self.queries - 1) for length in self.lengths]
+        slot = 2 * (self.width * (1 if self.dtype == "int8" else 2))
+        slot += 2 * 4 if self.dtype == "int8" else 0
+        return int(sum(seen)) * self.key_heads * slot
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """The loss of tokens and its gradients.
+
+    Attributes:
+      tokens, ids, width: N, V, D.
+      implementation: as `cross_entropy.op` takes it.
+    """
+
+    tokens: int
+    ids: int
+    width: int
+    implementation: str
+
+    @property
+    def flops(self) -> int:
+        """Of three products: logits and two gradients."""
+        return 6 * self.tokens * self.ids * self.width
