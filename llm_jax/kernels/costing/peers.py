@@ -12,10 +12,13 @@ import importlib.util
 
 import jax
 from jax.experimental.pallas.ops.tpu import flash_attention
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+import numpy as np
 
 from llm_jax.aot import kernel_cost
+from llm_jax.aot import topology
 from llm_jax.kernels.costing import programs
 from llm_jax.kernels.costing import shapes
 
@@ -137,6 +140,40 @@ def attend(
         return y_BHTC.swapaxes(1, 2) if layout == "BTHC" else y_BHTC
 
     return run
+
+
+def decode(devices: Sequence[jax.Device], *, shape: Mapping) -> jax.stages.Lowered:
+    """Lowers JAX's ragged paged attention for one device; `shape` has the fields of `shapes.Decode`.
+
+    Raises:
+      ValueError: a contiguous or rounded cache.
+    """
+    case, device = shapes.Decode(**shape), devices[0]
+    if case.page is None or case.dtype == "int8":
+        raise ValueError(f"ragged paged attention reads pages of the compute dtype, not {case}")
+    B, K, T = len(case.lengths), case.key_heads, case.queries
+    pages = case.num_slots // case.page
+    table = np.random.default_rng(0).permutation(B * pages).astype(np.int32).reshape(B, pages)
+    mesh = jax.sharding.Mesh(np.asarray(devices[:1]), ("x",)).abstract_mesh
+
+    def attend(q, kv_pages):
+        with jax.sharding.use_abstract_mesh(mesh):  # it looks up its chip there
+            return ragged_paged_attention.ragged_paged_attention(
+                q,
+                kv_pages,
+                np.asarray(case.lengths, np.int32),
+                table,
+                (np.arange(B + 1) * T).astype(np.int32),
+                np.asarray([B], np.int32),
+                sliding_window=case.window,
+                num_kv_pages_per_block=max(512 // case.page, 1),
+                num_queries_per_block=B * T,
+                vmem_limit_bytes=96 * 2**20,
+            )
+
+    q = topology.array((B * T, K * case.group, case.width), "bfloat16", device)
+    kv_pages = topology.array((B * pages, case.page, 2 * K, case.width), "bfloat16", device)
+    return jax.jit(attend).lower(q, kv_pages)
 
 
 def _flash(setting: Setting, shape: shapes.Attention):

@@ -14,6 +14,7 @@ import platform
 
 from absl import flags
 import jax
+import numpy as np
 
 from llm_jax import command
 from llm_jax.aot import kernel_cost
@@ -71,6 +72,23 @@ _ACCURACY = {
     "packed documents of 100": shapes.Attention(1, accuracy.LENGTH, heads=2, mask="packed 100"),
 }
 
+_MIXED = tuple(int(x) for x in np.random.default_rng(0).integers(1024, 8193, 32))
+_DECODES = {
+    "pages of 16": shapes.Decode(_MIXED, page=16),
+    "pages of 128": shapes.Decode(_MIXED),
+    "contiguous": shapes.Decode(_MIXED, page=None),
+    "8 rows of 32,768": shapes.Decode((32768,) * 8),
+    "16 key heads, no groups": shapes.Decode(_MIXED, key_heads=16, group=1),
+    "width 64": shapes.Decode(_MIXED, width=64),
+    "window 1,024, pages of 16": shapes.Decode(_MIXED, page=16, window=1024),
+    "4 queries a row": shapes.Decode(_MIXED, queries=4),
+    "int8": shapes.Decode(_MIXED, dtype="int8"),
+}
+
+# Tokens, vocabulary and width of GPT-2, Llama 1B and Llama 7B.
+_LOSSES = ((8192, 50304, 768), (8192, 128256, 2048), (8192, 32000, 4096))
+_SCORERS = ("reference", "chunked", "pallas")
+
 Result = kernel_cost.ProgramCost | kernel_cost.Refusal
 
 
@@ -86,7 +104,9 @@ def main() -> None:
         _introduction(),
         _section("Errors", _accuracy_rows()),
         _section("Beside other kernels", _race_rows(cache, processes)),
-        _section("What it does, what it costs", _feature_rows(cache, processes)),
+        _section("What attention costs by what it does", _feature_rows(cache, processes)),
+        _section("Decoding", _decode_rows(cache, processes)),
+        _section("Cross-entropy", _loss_rows(cache, processes)),
     ]
     PATH.write_text("\n\n".join(sections) + "\n")
     print(f"written: {PATH}")
@@ -232,6 +252,82 @@ def _feature_rows(cache: str | None, processes: int) -> list[str]:
         "Forward and backward; 4 x 4,096 tokens, bfloat16, 16 heads of width 128 and causal but for"
         " what a row says. `/ causal` is time over that of the causal row of the same length, for pairs"
         " that attend: 1 where time is in proportion.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def _decode_rows(cache: str | None, processes: int) -> list[str]:
+    """The decode kernel against the bytes that it must read, and JAX's ragged paged attention."""
+    rows = []
+    for name, shape in _DECODES.items():
+        cells = [name]
+        arguments = {"shape": dataclasses.asdict(shape)}
+        for slice_name in _RACED:
+            cases = [
+                kernel_cost.Case(target, slice_name, arguments)
+                for target in (programs.target("decode"), f"{peers.__name__}:decode")
+            ]
+            mine, other = kernel_cost.costs(cases, cache_directory=cache, num_processes=processes)
+            cells += _decode_cells(mine, other, shape)
+        rows.append(cells)
+        print(f"decode: {name}: {cells[1:]}", flush=True)
+    header = ["cache"]
+    for slice_name in _RACED:
+        chip = slice_name.partition(":")[0]
+        header += [f"{chip}: ms", "bytes / least", "time / roof", "ragged paged, / roof"]
+    return [
+        f"One query a row, {len(_MIXED)} rows of 1,024 to 8,192 slots, 8 key heads of width 128, 4 query"
+        " heads each, bfloat16, pages of 128, but for what a row says. Least: keys and values that some"
+        " query sees, once. Roof: that at 93% of the HBM's bandwidth. Beside it JAX's"
+        " `ragged_paged_attention`.",
+        "",
+        *table(header, rows),
+    ]
+
+
+def _decode_cells(mine: Result, other: Result, shape: shapes.Decode) -> list[str]:
+    _require_exact(mine)
+    (kernel,) = mine.kernels
+    roof = shape.least_bytes / (0.93 * topology.chip_of(mine.case.slice_name).hbm_bandwidth)
+    theirs = "not taken"
+    if isinstance(other, kernel_cost.ProgramCost):
+        seconds = sum(one.seconds for one in other.kernels)
+        theirs = f"{seconds / roof:.2f}" + ("" if other.is_exact else " (a guess)")
+    return [
+        f"{kernel.seconds * 1e3:.3f}",
+        f"{kernel.hbm_bytes_read / shape.least_bytes:.3f}",
+        f"{kernel.seconds / roof:.3f}",
+        theirs,
+    ]
+
+
+def _loss_rows(cache: str | None, processes: int) -> list[str]:
+    """The three cross-entropies, forward and backward."""
+    rows = []
+    for tokens, ids, width in _LOSSES:
+        for slice_name in _RACED:
+            cases = []
+            for name in _SCORERS:
+                shape = dataclasses.asdict(shapes.CrossEntropy(tokens, ids, width, name))
+                target = programs.target("cross_entropy")
+                cases.append(kernel_cost.Case(target, slice_name, {"shape": shape}))
+            found = kernel_cost.costs(cases, cache_directory=cache, num_processes=processes)
+            cells = [slice_name.partition(":")[0], f"{tokens:,} x {ids:,} x {width:,}"]
+            for cost in found:
+                if isinstance(cost, kernel_cost.Refusal):
+                    cells += [f"does not compile: {cost.reason}", ""]
+                    continue
+                guess = "" if cost.is_exact else " (a guess)"
+                cells += [f"{cost.seconds * 1e3:.2f}{guess}", f"{cost.hbm_peak_bytes / 2**30:.2f}"]
+            rows.append(cells)
+            print(f"cross-entropy: {cells}", flush=True)
+    header = ["chip", "tokens x vocabulary x width"]
+    for name in _SCORERS:
+        header += [f"{name}: ms", "GiB"]
+    return [
+        "Loss and both gradients of a bfloat16 state and a float32 head, one device; GiB of HBM at the"
+        " most, arguments and results included.",
         "",
         *table(header, rows),
     ]
