@@ -18,6 +18,7 @@ from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import paged
 from llm_jax.kernels.decode_attention import pallas as decode_pallas
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
+from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
 
 
@@ -46,6 +47,20 @@ def attend(
 ) -> Callable[[Mapping[str, jax.Array]], jax.Array]:
     """Returns the operation as a function of its arrays by name: q, k, v, sinks, the bias'."""
     mask = shape.make_mask()
+    if not masks.is_static(mask):
+        prepared = pallas.prepare(
+            mask,
+            jnp.zeros((shape.batch, shape.length)),
+            num_keys=shape.length,
+            widths=(shape.width, shape.value_width or shape.width),
+            group=shape.heads // (shape.key_heads or shape.heads),
+            dtype=shape.dtype,
+            device_kind=device_kind,
+            bias=jax.eval_shape(lambda: shape.make_bias(_zeros(shape.bias_arrays()))),
+            blocks=blocks,
+        )
+        # Constants of the program, so that the cost model knows what is visited.
+        mask = jax.tree.map(np.asarray, prepared)
 
     def run(arrays):
         q, k, v = (_laid(arrays[name], layout) for name in ("q", "k", "v"))
@@ -65,6 +80,10 @@ def attend(
         return _laid(y_BTKGC.reshape(*q.shape[:3], -1), layout)
 
     return run
+
+
+def _zeros(described: Mapping[str, tuple]) -> dict[str, jax.Array]:
+    return {name: jnp.zeros(*one) for name, one in described.items()}
 
 
 def decode(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
