@@ -45,7 +45,7 @@ VARIANTS = {
     "alibi": {"positions": "alibi", "num_heads": 8},
     "no_positions": {"positions": "none"},
     "post_norm": {"norm_placement": "post", "norm": "layernorm"},
-    "biases": {"use_bias": True, "norm": "layernorm", "norm_epsilon": 1e-3},
+    "biases": {"use_bias": True, "norm": "layernorm", "norm_epsilon": 1e-3, "attention": "jax_nn"},
     "chunked": {"attention": "chunked", "attention_chunk": 5},
     "kernels": {"attention": "pallas", "window": 6, "attention_softcap": 2.0},
     "chunked_window_alibi": {

@@ -1,7 +1,5 @@
 """Attention to a cache in plain jnp: the semantics that every other implementation is held to."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -60,6 +58,6 @@ def weights(
     if softcap is not None:
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     if bias is not None:
-        spread = dataclasses.replace(bias, slopes_KG=bias.slopes_KG[..., None, None])
-        scores_BKGTS = scores_BKGTS + spread.term(t_BTS[:, None, None], s_S)
+        term_KGBTS = bias.by_distance_KGD(t_BTS - s_S)
+        scores_BKGTS = scores_BKGTS + jnp.moveaxis(term_KGBTS, 2, 0)
     return reference.masked_softmax(scores_BKGTS, allowed_BTS[:, None, None], sinks_KG)
