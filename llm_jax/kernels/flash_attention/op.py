@@ -58,6 +58,8 @@ def attention(
     if implementation == "auto":
         is_library = jax_nn.refusal(q_BTKGC, v_BSKC, softcap, sinks_KG, dropout) is None
         is_library = is_library and jax_nn.has_cudnn(q_BTKGC, v_BSKC, bias, device_kind)
+        # Nobody has run the library's kernel on parts of an array.
+        is_library &= not any(map(placement.is_cut, jax.typeof(q_BTKGC).sharding.spec))
         implementation = _choose(q_BTKGC, v_BSKC, bias, chunk, device_kind, is_library)
         _say(implementation, q_BTKGC.shape[1], device_kind)
     how = {
