@@ -57,9 +57,6 @@ def _specs(
     def of_statistic(b, h, x, g, *tables):
         return (b, h * group + g, value(tables, "q_block", b, x), 0, 0)
 
-    def of_head(b, h, x, g, *tables):
-        return (h * group + g, 0, 0)
-
     def of_dq(b, h, x, g, *tables):
         # A block keeps its place in VMEM until the index moves on: it waits at the head that writes
         # first, or, when all are written, stays at the last.
@@ -68,8 +65,7 @@ def _specs(
         head = jnp.where(flags & backward_visits.LAST_Q != 0, g, waiting) if group > 1 else 0
         return (b, h * group + head, *at(value(tables, "dq_block", b, x)))
 
-    (num_q, num_k), wide_q, wide_k = plan.pieces, (1, blocks.masked_q), (1, blocks.masked_k)
-    statistic = pl.BlockSpec((None, None, num_q, *wide_q), of_statistic)
+    statistic = pl.BlockSpec((None, None, plan.pieces[0], 1, blocks.masked_q), of_statistic)
     q, do = (pl.BlockSpec(shape(blocks.macro_q, width), of_query) for width in (C, Cv))
     k, v = (pl.BlockSpec(shape(blocks.macro_k, width), of_key) for width in (C, Cv))
     specs = {"q_in": q, "do_in": do, "k_in": k, "v_in": v, "lse": statistic, "delta": statistic}
@@ -78,34 +74,38 @@ def _specs(
         sums = (None, None, group, *term.sums_shape)
         specs[f"dbias_{n}"] = pl.BlockSpec(sums, lambda b, h, *_: (b, h, 0, 0, 0, 0))
     for operand in plan.operands:
-        name, dims = operand.name, operand.dims
-        if dims == "HNX":
-            specs[name] = pl.BlockSpec((None, *operand.shape[1:]), of_head)
-            continue
-        if dims == "BKGTS":
-            has = [size > 1 for size in operand.shape[:3]]
-
-            def of_block(b, h, x, g, *tables, has=has):
-                place = (n if is_own else 0 for n, is_own in zip((b, h, g), has))
-                blocks = (value(tables, column, b, x) for column in ("q_block", "k_block"))
-                return (*place, *blocks)
-
-            block = (None, None, None, blocks.macro_q, blocks.macro_k)
-            specs[name] = specs["dbias"] = pl.BlockSpec(block, of_block)
-            continue
-        if dims not in ("BT", "BS"):
-            specs[name] = pl.BlockSpec(memory_space=pltpu.SMEM)
-            continue
-        number, row, column = (
-            (num_q, wide_q, "q_block") if dims == "BT" else (num_k, wide_k, "k_block")
-        )
-        specs[name] = pl.BlockSpec(
-            (None, number, *row),
-            lambda b, h, x, g, *tables, column=column: (b, value(tables, column, b, x), 0, 0),
-        )
+        specs[operand.name] = _operand_spec(plan, operand, value)
+        if operand.dims == "BKGTS":
+            specs["dbias"] = specs[operand.name]
     if plan.own is None:
         return specs
     return {name: _on_longer_grid(plan, spec) for name, spec in specs.items()}
+
+
+def _operand_spec(plan: backward_kernel.Plan, operand: scores_lib.Operand, value) -> pl.BlockSpec:
+    """Returns the block spec of an array of mask, bias or dropout; `value` looks up a column."""
+    blocks, (num_q, num_k) = plan.blocks, plan.pieces
+    if operand.dims == "HNX":
+        heads = (None, *operand.shape[1:])
+        return pl.BlockSpec(heads, lambda b, h, x, g, *tables: (h * plan.group + g, 0, 0))
+    if operand.dims == "BKGTS":
+        has = [size > 1 for size in operand.shape[:3]]
+
+        def of_block(b, h, x, g, *tables):
+            place = (n if is_own else 0 for n, is_own in zip((b, h, g), has))
+            return (*place, *(value(tables, column, b, x) for column in ("q_block", "k_block")))
+
+        return pl.BlockSpec((None, None, None, blocks.macro_q, blocks.macro_k), of_block)
+    pieces = {
+        "BT": (num_q, (1, blocks.masked_q), "q_block"),
+        "BS": (num_k, (1, blocks.masked_k), "k_block"),
+    }
+    if operand.dims not in pieces:
+        return pl.BlockSpec(memory_space=pltpu.SMEM)
+    number, row, column = pieces[operand.dims]
+    return pl.BlockSpec(
+        (None, number, *row), lambda b, h, x, g, *tables: (b, value(tables, column, b, x), 0, 0)
+    )
 
 
 def _on_longer_grid(plan: backward_kernel.Plan, spec: pl.BlockSpec) -> pl.BlockSpec:
@@ -257,10 +257,7 @@ def attention(
     given = scores_lib.operands(parts)
     arrays = {"q_in": q_BHTC, "k_in": k_BKSC, "v_in": v_BKSC, "do_in": dy_BHTC}
     arrays = {name: turned(x) for name, x in arrays.items()}
-    outs = {
-        name: jax.ShapeDtypeStruct(arrays[source].shape, arrays[source].dtype)
-        for name, source in (("dq", "q_in"), ("dk", "k_in"), ("dv", "v_in"))
-    }
+    outs = _outs(arrays, bias, terms, (B, K, H // K))
     for name, x_BHT in (("lse", lse_BHT * scores_lib.LOG2E), ("delta", delta_BHT)):
         arrays[name] = _in_pieces(x_BHT, blocks.masked_q, blocks.macro_q)
     arrays |= {operand.name: _as_argument(operand, blocks) for operand in given}
@@ -276,22 +273,45 @@ def attention(
         is_c_first=is_c_first,
         is_open_flat=flat_from is not None,
     )
-    for n, term in enumerate(terms if isinstance(bias, biases.Relative) else ()):
-        shape = (B, K, H // K, *term.sums_shape)
-        outs[f"dbias_{n}"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if isinstance(bias, biases.Full):
-        outs["dbias"] = jax.ShapeDtypeStruct(bias.bias_BKGTS.shape, bias.bias_BKGTS.dtype)
     found = {}
     runs = _runs(plan, bias, list(outs), is_at_once)
     for (part, names), of_run in zip(runs, visits, strict=True):
         found |= run(part, of_run, arrays, {name: outs[name] for name in names}, interpret)
-    dbias = None
+    dbias = _bias_gradient(bias, terms, found, q_offset)
+    return *(turned(found[name]) for name in ("dq", "dk", "dv")), dbias
+
+
+def _outs(
+    arrays: dict[str, jax.Array],
+    bias: biases.Bias | None,
+    terms: tuple[diagonals.Diagonals, ...],
+    heads: tuple[int, int, int],
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the results by name; `heads` are B, K and G."""
+    outs = {
+        name: jax.ShapeDtypeStruct(arrays[source].shape, arrays[source].dtype)
+        for name, source in (("dq", "q_in"), ("dk", "k_in"), ("dv", "v_in"))
+    }
+    if isinstance(bias, biases.Relative):
+        for n, term in enumerate(terms):
+            outs[f"dbias_{n}"] = jax.ShapeDtypeStruct((*heads, *term.sums_shape), jnp.float32)
+    if isinstance(bias, biases.Full):
+        outs["dbias"] = jax.ShapeDtypeStruct(bias.bias_BKGTS.shape, bias.bias_BKGTS.dtype)
+    return outs
+
+
+def _bias_gradient(
+    bias: biases.Bias | None,
+    terms: tuple[diagonals.Diagonals, ...],
+    found: dict[str, jax.Array],
+    q_offset: jax.Array | int,
+) -> biases.Bias | None:
     if isinstance(bias, biases.Relative):
         sums = [jnp.sum(found[f"dbias_{n}"], 0) for n in range(len(terms))]
-        dbias = diagonals.gradient(bias, sums, terms, q_offset)
-    elif isinstance(bias, biases.Full):
-        dbias = dataclasses.replace(bias, bias_BKGTS=found["dbias"])
-    return *(turned(found[name]) for name in ("dq", "dk", "dv")), dbias
+        return diagonals.gradient(bias, sums, terms, q_offset)
+    if isinstance(bias, biases.Full):
+        return dataclasses.replace(bias, bias_BKGTS=found["dbias"])
+    return None
 
 
 def _runs(

@@ -166,19 +166,34 @@ def attention(
     if sinks_H is not None:
         specs["sinks"] = pl.BlockSpec(memory_space=pltpu.SMEM)
         arguments.append(sinks_H.astype(jnp.float32))
+    scratch = _scratch(blocks, C, Cv, visits.span, q_BHTC.dtype, parts)
+    # The operands' arrays are arguments of the call; the kernel's body must not close over them.
+    bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
+    shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
+    static = forward_kernel.Static(blocks, visits, shell, bare, S, group)
+    limit = vmem_bytes(C, Cv, visits.span, blocks, q_BHTC.dtype, bias)
+    return _call(static, specs, scratch, arguments, limit, interpret)
+
+
+def _call(
+    static: forward_kernel.Static,
+    specs: dict[str, pl.BlockSpec],
+    scratch: dict[str, tuple],
+    arguments: list[jax.Array],
+    vmem_limit: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the kernel on inputs and scratch by name; returns result and logsumexp."""
+    (B, H, T, C), (S, Cv), dtype = arguments[0].shape, arguments[2].shape[2:], arguments[0].dtype
+    blocks, visits = static.blocks, static.visits
     outs = {
         "o": pl.BlockSpec((1, 1, blocks.q, Cv), specs["q"].index_map),
         "lse": pl.BlockSpec(
             (1, 1, 1, blocks.q), lambda b, h, x, *tables: (b, h, 0, tables[_Q_BLOCK][x])
         ),
     }
-    scratch = _scratch(blocks, C, Cv, visits.span, q_BHTC.dtype, parts)
-    # The operands' arrays are arguments of the call; the kernel's body must not close over them.
-    bare = tuple(dataclasses.replace(operand, array=None) for operand in given)
-    shell = scores_lib.rebuilt(parts, given, lambda operand: operand.name)
-    static = forward_kernel.Static(blocks, visits, shell, bare, S, group)
     num_pairs = B * H * (T * S if visits.is_per_row else visits.kv.size * blocks.q * blocks.kv)
-    moved = sum(x.size * x.dtype.itemsize for x in arguments) + B * H * T * Cv * 2
+    moved = sum(x.size * x.dtype.itemsize for x in arguments) + B * H * T * Cv * dtype.itemsize
     o_BHTC, lse_BH1T = pl.pallas_call(
         functools.partial(
             forward_kernel.kernel, static=static, names=(*_TABLES, *specs, *outs, *scratch)
@@ -191,12 +206,12 @@ def attention(
             scratch_shapes=[pltpu.VMEM(*shape) for shape in scratch.values()],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, H, T, Cv), q_BHTC.dtype),
+            jax.ShapeDtypeStruct((B, H, T, Cv), dtype),
             jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(C, Cv, visits.span, blocks, q_BHTC.dtype, bias),
+            vmem_limit_bytes=vmem_limit,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * num_pairs * (C + Cv), transcendentals=num_pairs, bytes_accessed=moved
