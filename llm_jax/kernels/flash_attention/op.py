@@ -54,23 +54,12 @@ def attention(
     others = {"mask": prepared.mask if prepared else mask, "bias": bias, "sinks_KG": sinks_KG}
     placed = placement.like_queries(others, q_BTKGC)
     mask, bias, sinks_KG = (placed[name] for name in others)
+    how = {"softcap": softcap, "bias": bias, "sinks_KG": sinks_KG, "dropout": dropout}
     device_kind = placement.device_kind()
     if implementation == "auto":
-        is_library = jax_nn.refusal(q_BTKGC, v_BSKC, softcap, sinks_KG, dropout) is None
-        is_library = is_library and jax_nn.has_cudnn(q_BTKGC, v_BSKC, bias, device_kind)
-        # Nobody has run the library's kernel on parts of an array.
-        is_library &= not any(map(placement.is_cut, jax.typeof(q_BTKGC).sharding.spec))
-        implementation = _choose(q_BTKGC, v_BSKC, bias, chunk, device_kind, is_library)
+        implementation = _choose(q_BTKGC, v_BSKC, chunk, device_kind, **how)
         _say(implementation, q_BTKGC.shape[1], device_kind)
-    how = {
-        "mask": mask,
-        "scale": scale,
-        "q_offset": q_offset,
-        "softcap": softcap,
-        "bias": bias,
-        "sinks_KG": sinks_KG,
-        "dropout": dropout,
-    }
+    how |= {"mask": mask, "scale": scale, "q_offset": q_offset}
     if implementation == "reference":
         y_BTKGC = reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how)
         return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
@@ -118,12 +107,18 @@ def prepare(
 def _choose(
     q_BTKGC: jax.Array,
     v_BSKC: jax.Array,
-    bias: biases.Bias | None,
     chunk: int,
     device_kind: str,
-    is_library: bool,
+    *,
+    softcap: float | None,
+    bias: biases.Bias | None,
+    sinks_KG: jax.Array | None,
+    dropout: dropout_lib.Dropout | None,
 ) -> str:
-    if is_library:
+    is_library = jax_nn.refusal(q_BTKGC, v_BSKC, softcap, sinks_KG, dropout) is None
+    is_library = is_library and jax_nn.has_cudnn(q_BTKGC, v_BSKC, bias, device_kind)
+    # Nobody has run the library's kernel on parts of an array.
+    if is_library and not any(map(placement.is_cut, jax.typeof(q_BTKGC).sharding.spec)):
         return "jax_nn"
     if device_kind.startswith("TPU") and blocks_lib.is_known(device_kind):
         blocks = blocks_lib.for_device(device_kind, q_BTKGC.shape[-1], q_BTKGC.shape[1])
