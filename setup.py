@@ -49,6 +49,8 @@ setuptools.setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2"],
         "aot": [AOT],
+        # Kernels that the report stands ours beside.
+        "peers": [AOT, "tokamax>=0.0.17; python_version >= '3.12'"],
         "test": [AOT, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"],
     },
 )

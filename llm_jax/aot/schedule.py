@@ -60,9 +60,10 @@ class Replay:
     """Goes through a scheduled module once.
 
     An operation takes as long as its bundles do; one that has none (it is done between the others)
-    takes the compiler's estimate, and one in a loop as long as in the first turn. Copies that are started early share HBM among themselves, in turn,
-    and are waited for where the schedule says so. A loop costs its turns times its body. What was
-    moved cannot be moved faster than HBM allows, so that is the least that the program takes.
+    takes the compiler's estimate, and one in a loop as long as in the first turn. Copies that are
+    started early share HBM among themselves, in turn, and are waited for where the schedule says so. A
+    loop costs its turns times its body. What was moved cannot be moved faster than HBM allows, so that
+    is the least that the program takes.
     """
 
     def __init__(self, module: hlo.Module, dump: pathlib.Path, chip: chips.Chip):

@@ -3,10 +3,12 @@
 import pytest
 
 from llm_jax.aot import kernel_cost
+from llm_jax.aot import topology
 from llm_jax.kernels.costing import budgets
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not topology.is_available(), reason="libtpu is optional")
 def test_kernels_keep_to_their_budgets():
     known = budgets.load()
     version = budgets.compiler_version()

@@ -46,6 +46,15 @@ def test_the_nearest_row_that_is_large_enough_is_taken(monkeypatch):
     assert q(64, 5000) == 1024
 
 
+def test_a_device_prefers_rows_of_its_own(monkeypatch):
+    table = [_row("TPU v5 lite", 64, 100, 1024)]
+    monkeypatch.setattr(blocks, "rows", lambda: tuple(table))
+    assert blocks.for_device("TPU v5", 64, 100).forward.q == 1024
+    table.append(_row("TPU v5", 64, 100, 2048))
+    assert blocks.for_device("TPU v5", 64, 100).forward.q == 2048
+    assert blocks.for_device("TPU v4", 64, 100).forward.q == 1024
+
+
 def test_a_row_replaces_its_predecessor_in_the_file(tmp_path):
     path = tmp_path / "table.json"
     path.write_text("[]")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llm_jax import config as config_lib
+from llm_jax.kernels import placement
 from llm_jax.kernels.cross_entropy import kernels
 from llm_jax.kernels.cross_entropy import op
 from tests import helpers
@@ -393,7 +394,7 @@ def test_a_sharding_that_chunks_cannot_follow_is_refused():
 def test_auto_goes_by_the_size_of_logits(
     tokens, ids, mesh, device_kind, wanted, caplog, monkeypatch
 ):
-    monkeypatch.setattr(op, "_device_kind", lambda: device_kind)
+    monkeypatch.setattr(placement, "device_kind", lambda: device_kind)
     op._say.cache_clear()
     device_mesh, rules = helpers.make_mesh(*MESHES[mesh])
 

@@ -74,11 +74,9 @@ def test_tables_for_something_else_are_named():
         jax.eval_shape(run, suite.parameters_of(case))
 
 
-def _model(**changes):
+def _model():
     sizes = {"num_layers": 3, "embed_dim": 16, "num_heads": 2, "vocab_size": 32, "max_length": 16}
-    config = config_lib.ModelConfig(
-        **sizes, dtype="float32", attention="pallas", scan_layers=True, **changes
-    )
+    config = config_lib.ModelConfig(**sizes, dtype="float32", attention="pallas", scan_layers=True)
     tokens_BT = np.arange(32).reshape(2, 16) % 32
     segments_BT = np.repeat([[1, 2], [1, 3]], 8, axis=1)
     return config, tokens_BT, segments_BT
@@ -88,15 +86,14 @@ def test_layers_share_the_tables():
     """Sorting makes the tables; nothing else in the model sorts."""
     config, tokens_BT, segments_BT = _model()
 
-    def loss(model, mask_is_data):
-        segments = jnp.asarray(segments_BT) if mask_is_data else None
+    def loss(model):
         positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
-        return jnp.sum(model(jnp.asarray(tokens_BT), positions, segments) ** 2)
+        return jnp.sum(model(jnp.asarray(tokens_BT), positions, jnp.asarray(segments_BT)) ** 2)
 
     mesh, rules = helpers.make_mesh((1, 1, 1, 1, 1), "dp")
     with jax.set_mesh(mesh):
         model = build.make_model(jax.random.key(0), config, rules)
-        jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, mask_is_data=True)))(model)
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(model)
     outside, inside = _sorts(jaxpr.jaxpr, False)
     assert outside > 0 and inside == 0
 

@@ -152,8 +152,7 @@ def decode(devices: Sequence[jax.Device], *, shape: Mapping) -> jax.stages.Lower
     if case.page is None or case.dtype == "int8":
         raise ValueError(f"ragged paged attention reads pages of the compute dtype, not {case}")
     B, K, T = len(case.lengths), case.key_heads, case.queries
-    pages = case.num_slots // case.page
-    table = np.random.default_rng(0).permutation(B * pages).astype(np.int32).reshape(B, pages)
+    table = case.page_table()
     mesh = jax.sharding.Mesh(np.asarray(devices[:1]), ("x",)).abstract_mesh
 
     def attend(q, kv_pages):
@@ -172,7 +171,7 @@ def decode(devices: Sequence[jax.Device], *, shape: Mapping) -> jax.stages.Lower
             )
 
     q = topology.array((B * T, K * case.group, case.width), "bfloat16", device)
-    kv_pages = topology.array((B * pages, case.page, 2 * K, case.width), "bfloat16", device)
+    kv_pages = topology.array((table.size, case.page, 2 * K, case.width), "bfloat16", device)
     return jax.jit(attend).lower(q, kv_pages)
 
 

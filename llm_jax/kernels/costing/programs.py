@@ -93,8 +93,7 @@ def decode(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
     """
     case, device = shapes.Decode(**shape), devices[0]
     B, K, G, C = len(case.lengths), case.key_heads, case.group, case.width
-    pages = case.num_slots // (case.page or case.num_slots)
-    table = np.random.default_rng(0).permutation(B * pages).astype(np.int32).reshape(B, pages)
+    table = case.page_table()
 
     def attend(q_BTKGC, kv, scales):
         cache = (
@@ -112,7 +111,7 @@ def decode(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
             window=case.window,
         )
 
-    rows, slots = (B * pages, case.page) if case.page else (B, case.num_slots)
+    rows, slots = (table.size, case.page) if case.page else (B, case.num_slots)
     scales = None
     if case.dtype == "int8":
         scales = topology.array((rows, 2, K, slots), "float32", device)

@@ -182,12 +182,12 @@ def _race_rows(cache: str | None, processes: int) -> list[str]:
             cases += [peers.case(setting, shape, slice_name) for setting in settings]
             mine, *others = kernel_cost.costs(cases, cache_directory=cache, num_processes=processes)
             _require_exact(mine)
-            times = {
-                setting: cost.seconds
-                for setting, cost in zip(settings, others, strict=True)
-                if isinstance(cost, kernel_cost.ProgramCost) and cost.is_exact
-            }
-            best = min(times, key=times.get)
+            times = _seconds(dict(zip(settings, others, strict=True)))
+            best = min(times, key=times.get, default=None)
+            beside = ("none compiles", "")
+            if best is not None:
+                ratio = mine.seconds / times[best]
+                beside = f"{times[best] * 1e3:.2f} ({best})", f"{ratio:.2f}"
             rows.append(
                 (
                     slice_name.partition(":")[0],
@@ -195,8 +195,7 @@ def _race_rows(cache: str | None, processes: int) -> list[str]:
                     f"{shape.batch} x {shape.length:,}",
                     "forward + backward" if shape.has_gradient else "forward",
                     *_figures(mine, shape),
-                    f"{times[best] * 1e3:.2f} ({best})",
-                    f"{mine.seconds / times[best]:.2f}",
+                    *beside,
                 )
             )
             print(f"race: {slice_name} {shape.width} {shape.length}: {rows[-1][-1]}", flush=True)
@@ -207,6 +206,19 @@ def _race_rows(cache: str | None, processes: int) -> list[str]:
         "",
         *table(header, rows),
     ]
+
+
+def _seconds(found: dict[peers.Setting, Result]) -> dict[peers.Setting, float]:
+    """Returns the times that are known; says which are not, and why."""
+    times = {}
+    for setting, cost in found.items():
+        if isinstance(cost, kernel_cost.Refusal):
+            print(f"left out: {setting}: {cost.reason}", flush=True)
+        elif not cost.is_exact:
+            print(f"left out: {setting}: its time is a guess", flush=True)
+        else:
+            times[setting] = cost.seconds
+    return times
 
 
 _FIGURES = ("ms", "MXU", "FLOPs/s", "HBM / least", "VMEM MiB")

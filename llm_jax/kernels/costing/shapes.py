@@ -150,6 +150,13 @@ class Decode:
         page = self.page or 128
         return -(-max(self.lengths) // page) * page
 
+    def page_table(self) -> np.ndarray:
+        """Returns which page is whose, int32 [rows, pages of a row], in no order."""
+        pages = self.num_slots // (self.page or self.num_slots)
+        shape = len(self.lengths), pages
+        order = np.random.default_rng(0).permutation(shape[0] * pages)
+        return order.astype(np.int32).reshape(shape)
+
     @property
     def least_bytes(self) -> int:
         """Bytes of the keys and values that some query sees, with their scales."""

@@ -1,4 +1,4 @@
-"""Searches block sizes by modelled time: `python -m llm_jax.kernels.costing.tune --chips=v5e`.
+"""Searches block sizes by modelled time: `python -m llm_jax.kernels.costing.tune --slices=v5e:1x1`.
 
 For each chip, head width and length it starts from the sizes that the table gives now and tries one
 field after the other, keeping what makes a causal bfloat16 attention faster, until a round changes
@@ -16,8 +16,8 @@ from absl import flags
 
 from llm_jax import command
 from llm_jax import errors
-from llm_jax.aot import chips
 from llm_jax.aot import kernel_cost
+from llm_jax.aot import topology
 from llm_jax.kernels.costing import programs
 from llm_jax.kernels.costing import shapes
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
@@ -50,24 +50,28 @@ _VALUES = {
 _LEAST_GAIN = 0.005
 # Tokens of the attention that is timed: enough for several heads of several blocks.
 _TOKENS = 8192
+# For one candidate: the compiler takes hours for blocks far too large.
+_TIMEOUT_SECONDS = 120.0
 
 Sizes = Mapping[str, Any]
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("chips", "v5e,v6e", "Chips to search for.")
+    flags.DEFINE_list("slices", "v5e:1x1,v6e:1x1", "Single chips to search for.")
     flags.DEFINE_list("widths", "64,128,256", "Head widths.")
     flags.DEFINE_list("lengths", "4096", "Queries and keys of a sequence.")
     flags.DEFINE_string("cache", None, "Folder that keeps what each program costs.")
 
 
 def main() -> None:
-    for chip in flags.FLAGS.chips:
+    for slice_name in flags.FLAGS.slices:
         for width in _integers("widths"):
             for length in _integers("lengths"):
-                row = search(chips.by_name(chip), width, length, flags.FLAGS.cache)
+                row = search(slice_name, width, length, flags.FLAGS.cache)
                 blocks_lib.write_row(row)
-                print(f"{chip}, width {width}, length {length}: {row.milliseconds}", flush=True)
+                print(
+                    f"{slice_name}, width {width}, length {length}: {row.milliseconds}", flush=True
+                )
 
 
 def _integers(flag: str) -> list[int]:
@@ -77,21 +81,22 @@ def _integers(flag: str) -> list[int]:
     return [int(value) for value in values]
 
 
-def search(chip: chips.Chip, width: int, length: int, cache: str | None) -> blocks_lib.Row:
+def search(slice_name: str, width: int, length: int, cache: str | None) -> blocks_lib.Row:
     """Returns the best sizes that the search finds for a cell of the table.
 
     Raises:
       errors.UserError: the sizes to start from do not compile.
     """
     found, milliseconds = {}, {}
-    start = blocks_lib.for_device(chip.device_kind, width, length)
+    device_kind = topology.chip_of(slice_name).device_kind
+    start = blocks_lib.for_device(device_kind, width, length)
     for kernel in ("forward", "backward"):
-        time = _timer(chip, width, length, kernel, cache)
+        time = _timer(slice_name, width, length, kernel, cache)
         first = dataclasses.asdict(getattr(start, kernel))
         found[kernel], seconds = descend(kernel, first, time)
         milliseconds[kernel] = round(seconds * 1e3, 4)
     blocks = blocks_lib.make(found["forward"], found["backward"])
-    return blocks_lib.Row(chip.device_kind, width, length, blocks, milliseconds)
+    return blocks_lib.Row(device_kind, width, length, blocks, milliseconds)
 
 
 def descend(
@@ -133,7 +138,7 @@ def _changes(kernel: str, sizes: Sizes, field: str) -> Iterator[dict[str, Any]]:
 
 
 def _timer(
-    chip: chips.Chip, width: int, length: int, kernel: str, cache: str | None
+    slice_name: str, width: int, length: int, kernel: str, cache: str | None
 ) -> Callable[[list[Sizes]], list[float]]:
     """Returns what `descend` times a kernel by."""
     shape = shapes.Attention(
@@ -143,7 +148,6 @@ def _timer(
         width=width,
         has_gradient=kernel == "backward",
     )
-    slice_name = f"{chip.name}:1x1" if chip.num_cores == 1 else f"{chip.name}:1x1x1"
 
     def time(candidates: list[Sizes]) -> list[float]:
         cases = [
@@ -154,7 +158,9 @@ def _timer(
             )
             for sizes in candidates
         ]
-        results = kernel_cost.costs(cases, cache_directory=cache) if cases else []
+        if not cases:
+            return []
+        results = kernel_cost.costs(cases, cache_directory=cache, timeout_seconds=_TIMEOUT_SECONDS)
         return [_seconds(result, f"flash_attention_{kernel}") for result in results]
 
     return time

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from llm_jax.kernels import placement
 from llm_jax.kernels.cross_entropy import chunked
 from llm_jax.kernels.cross_entropy import devices
 from llm_jax.kernels.cross_entropy import kernels
@@ -74,7 +75,7 @@ def cross_entropy(
         it does not take.
     """
     _check(x_BTD, head, targets_BT, weights_BT, head_dims, chunk)
-    device_kind = _device_kind()
+    device_kind = placement.device_kind()
     if implementation == "auto":
         implementation = _choose(x_BTD, head, head_dims, chunk, device_kind)
     how = {"head_dims": head_dims, "softcap": softcap, "z_loss": z_loss}
@@ -89,12 +90,6 @@ def cross_entropy(
     raise ValueError(
         f"cross-entropy implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
     )
-
-
-def _device_kind() -> str:
-    """Returns what the mesh that is set is made of, which need not be of this host."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def _choose(x_BTD: jax.Array, head: jax.Array, head_dims: str, chunk: int, device_kind: str) -> str:

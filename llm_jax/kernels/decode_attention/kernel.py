@@ -16,10 +16,6 @@ import jax.numpy as jnp
 
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
-# The maximum before any key, and the score of a masked pair: exp2(_MASKED - _EMPTY) is 0.
-_EMPTY = -1e30
-_MASKED = -3e38
-
 
 @dataclasses.dataclass(frozen=True)
 class Static:
@@ -223,7 +219,7 @@ class _Block:
             t_R1, s_RS = self.slots()
             x_RS += self.refs["slopes"][j][:, :1] * (s_RS - t_R1).astype(jnp.float32)
         # Keys that were not copied hold anything, NaN too.
-        self.refs["x"][j] = jnp.where(allowed_RS, x_RS, _MASKED)
+        self.refs["x"][j] = jnp.where(allowed_RS, x_RS, scores_lib.MASKED)
 
     def softmax(self, j: int, allowed_RS):
         """Returns the weights of a pack, and the factor for what came before."""
@@ -265,7 +261,7 @@ def _emit(this: _Block, following: _Block, has_gaps: bool):
 def _begin(refs):
     """Sets maximum, sum and output to what they are before any key, or after the sink alone."""
     has_sinks = "sinks" in refs
-    empty = jnp.full_like(refs["m"], _EMPTY)
+    empty = jnp.full_like(refs["m"], scores_lib.EMPTY)
     refs["m"][...] = refs["sinks"][...] if has_sinks else empty
     refs["l"][...] = jnp.full_like(refs["l"], 1.0 if has_sinks else 0.0)
     refs["acc"][...] = jnp.zeros_like(refs["acc"])

@@ -7,13 +7,13 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from llm_jax.kernels import placement
 from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import paged
 from llm_jax.kernels.decode_attention import pallas
 from llm_jax.kernels.decode_attention import reference
 from llm_jax.kernels.decode_attention import single_query
 from llm_jax.kernels.flash_attention import biases
-from llm_jax.kernels.flash_attention import placement
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from llm_jax.kernels import placement
 from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import kernel as kernel_lib
 from llm_jax.kernels.decode_attention import paged
 from llm_jax.kernels.flash_attention import biases
-from llm_jax.kernels.flash_attention import placement
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 _MIB = 2**20

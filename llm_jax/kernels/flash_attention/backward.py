@@ -252,7 +252,7 @@ def attention(
     bias, sizes = parts.bias, (H // K, C, Cv, q_BHTC.dtype.itemsize)
     if visits is None:
         visits = backward_plan.make_visits(parts, blocks, T, S, sizes, q_offset)
-    parts, blocks, flat_from, is_at_once = backward_plan.planned(parts, blocks, T, sizes, q_offset)
+    parts, blocks, flat_from, runs = backward_plan.planned(parts, blocks, T, sizes, q_offset)
     terms = parts.bias if isinstance(parts.bias, tuple) else ()
     given = scores_lib.operands(parts)
     arrays = {"q_in": q_BHTC, "k_in": k_BKSC, "v_in": v_BKSC, "do_in": dy_BHTC}
@@ -274,8 +274,8 @@ def attention(
         is_open_flat=flat_from is not None,
     )
     found = {}
-    runs = _runs(plan, bias, list(outs), is_at_once)
-    for (part, names), of_run in zip(runs, visits, strict=True):
+    for one, of_run in zip(runs, visits, strict=True):
+        part, names = _of_run(one, plan, bias, list(outs))
         found |= run(part, of_run, arrays, {name: outs[name] for name in names}, interpret)
     dbias = _bias_gradient(bias, terms, found, q_offset)
     return *(turned(found[name]) for name in ("dq", "dk", "dv")), dbias
@@ -314,23 +314,18 @@ def _bias_gradient(
     return None
 
 
-def _runs(
-    plan: backward_kernel.Plan, bias: biases.Bias | None, outs: list[str], is_at_once: bool
-) -> list[tuple[backward_kernel.Plan, list[str]]]:
-    """Returns the runs of the kernel, with the names of what each makes."""
-    names = [name for name in outs if name != "dbias"]
-    plan = dataclasses.replace(plan, has_dbias=isinstance(bias, biases.Relative))
-    runs = [(plan, names)]
-    if not is_at_once:
-        runs = [
-            (dataclasses.replace(plan, has_dq=False), [name for name in names if name != "dq"]),
-            (dataclasses.replace(plan, has_dkv=False, has_dbias=False), ["dq"]),
-        ]
-    if isinstance(bias, biases.Full):
+def _of_run(
+    one: backward_plan.Run, plan: backward_kernel.Plan, bias: biases.Bias | None, outs: list[str]
+) -> tuple[backward_kernel.Plan, list[str]]:
+    """Returns what the kernel knows in one run, and the names of what it makes."""
+    if one.is_of_array:
         own = tuple(size > 1 for size in bias.bias_BKGTS.shape[:3])
-        alone = dataclasses.replace(plan, has_dq=False, has_dkv=False, has_dbias=True, own=own)
-        runs.append((alone, ["dbias"]))
-    return runs
+        of_array = {"has_dq": False, "has_dkv": False, "has_dbias": True, "own": own}
+        return dataclasses.replace(plan, **of_array), ["dbias"]
+    has_dbias = one.has_dkv and isinstance(bias, biases.Relative)
+    plan = dataclasses.replace(plan, has_dq=one.has_dq, has_dkv=one.has_dkv, has_dbias=has_dbias)
+    is_made = {"dq": one.has_dq, "dbias": False}
+    return plan, [name for name in outs if is_made.get(name, one.has_dkv)]
 
 
 def _as_argument(operand: scores_lib.Operand, blocks: backward_visits.Blocks) -> jax.Array:

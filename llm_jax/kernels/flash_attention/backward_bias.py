@@ -1,7 +1,8 @@
 """Biases in the backward kernel: what a tile adds to its scores, and the sums for a bias' gradient.
 
-Of a table, a tile's gradient with respect to its bias is that of its scores. It is added to a sum of the same shape
-for each of the tiles that occur, and when a head is done these are summed along their diagonals.
+Of a table, a tile's gradient with respect to its bias is that of its scores. It is added to a sum of
+the same shape for each of the tiles that occur, and when a head is done these are summed along their
+diagonals.
 
 Where a table is flat from some distance on, an open tile is flat but for its corners next to the
 diagonal: these alone are added to, the rest is one number that goes to the logsumexp, and all that the

@@ -14,6 +14,20 @@ from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Which gradients one run of the kernel makes.
+
+    Attributes:
+      has_dkv: of keys and values, and of a table; queries are the outer loop where it is not.
+      is_of_array: of a full array alone, every block of which must be written.
+    """
+
+    has_dq: bool
+    has_dkv: bool
+    is_of_array: bool = False
+
+
 def make_visits(
     parts: scores_lib.Parts,
     blocks: backward_visits.Blocks,
@@ -29,12 +43,7 @@ def make_visits(
       blocks: fitted to T and S.
       sizes: query heads of a key head, widths of keys and values, bytes of an element.
     """
-    bias = parts.bias
-    parts, blocks, flat_from, is_at_once = planned(parts, blocks, T, sizes, q_offset)
-    # Whether queries are the outer loop, and whether every block is visited.
-    runs = [(False, False)] if is_at_once else [(False, False), (True, False)]
-    if isinstance(bias, biases.Full):
-        runs.append((True, True))
+    parts, blocks, flat_from, runs = planned(parts, blocks, T, sizes, q_offset)
     return tuple(
         backward_visits.make_visits(
             parts.mask,
@@ -42,11 +51,11 @@ def make_visits(
             S,
             blocks,
             q_offset,
-            is_q_outer=is_q_outer,
+            is_q_outer=not run.has_dkv,
             flat_from=flat_from,
-            is_everywhere=is_everywhere,
+            is_everywhere=run.is_of_array,
         )
-        for is_q_outer, is_everywhere in runs
+        for run in runs
     )
 
 
@@ -56,13 +65,16 @@ def planned(
     T: int,
     sizes: tuple[int, int, int, int],
     q_offset: jax.Array | int,
-) -> tuple[scores_lib.Parts, backward_visits.Blocks, tuple[int, int] | None, bool]:
-    """Returns parts and blocks as the kernel takes them, where a tile is flat, and if one run will do."""
+) -> tuple[scores_lib.Parts, backward_visits.Blocks, tuple[int, int] | None, tuple[Run, ...]]:
+    """Returns parts and blocks as the kernel takes them, where a tile is flat, and the runs."""
     bias, flat_from = parts.bias, diagonals.flat_from(parts.bias, blocks.open_k, blocks.open_q)
     parts, blocks = _with_bias(parts, blocks, q_offset)
     terms = parts.bias if isinstance(parts.bias, tuple) else ()
     blocks, is_at_once = _sized(blocks, T, *sizes, _bytes_taken(bias, terms, blocks))
-    return parts, blocks, flat_from, is_at_once
+    runs = (Run(True, True),) if is_at_once else (Run(False, True), Run(True, False))
+    if isinstance(bias, biases.Full):
+        runs += (Run(False, False, is_of_array=True),)
+    return parts, blocks, flat_from, runs
 
 
 def _fits_at_once(

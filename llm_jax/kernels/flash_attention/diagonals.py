@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import masks
 
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 # Rows of a register: a tile's diagonals are summed in the kernel down to so many, then outside.
 _ROWS = 8
 _LANES = 128
@@ -145,10 +145,10 @@ def make(
     phases = (phase, phase) if is_known else (0, step - 1)
     is_past = masks.sees_past_alone(mask)
     first, last = _range(_reach(bias), is_past, shape, phases)
-    values_KGNX = bias.by_distance_KGD(_distances(first, last, shape, phase)) * _LOG2E
+    values_KGNX = bias.by_distance_KGD(_distances(first, last, shape, phase)) * LOG2E
     slopes_H = None
     if isinstance(bias, biases.Alibi):
-        slopes_H = bias.slopes_KG.reshape(-1) * -_LOG2E
+        slopes_H = bias.slopes_KG.reshape(-1) * -LOG2E
     return Diagonals(
         values_KGNX.reshape(-1, *values_KGNX.shape[2:]),
         slopes_H,
@@ -182,7 +182,7 @@ def tile(values_1X: jax.Array, num_queries: int) -> jax.Array:
 
 def transposed(bias_TS: jax.Array) -> jax.Array:
     """Returns a block of a full array as kernels hold scores: [keys, queries], to the base 2."""
-    return bias_TS.astype(jnp.float32).T * _LOG2E
+    return bias_TS.astype(jnp.float32).T * LOG2E
 
 
 def summed(x_ST: jax.Array) -> jax.Array:

@@ -151,7 +151,7 @@ def attention(
 
     Returns:
       [B, H, T, C of the values] in the dtype of the queries, and the logsumexp of the scores,
-      float32 [B, H, T], `forward_kernel.EMPTY` for a query that sees no key.
+      float32 [B, H, T], `scores.EMPTY` for a query that sees no key.
     """
     B, H, T, C = q_BHTC.shape
     K, S, Cv = v_BKSC.shape[1:]

@@ -13,10 +13,6 @@ from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
-# Of a query that has seen no key: finite, so that differences of maxima stay finite.
-EMPTY = -1e30
-# Score of a masked pair, so much lower that exp2(MASKED - EMPTY) is 0: such a query sums to 0.
-_MASKED = -3e38
 # Rows of ones below v^T, as many as a register of bfloat16 has: their product with the probabilities is
 # the sum of those, which the matrix unit has room for and the vector unit has not.
 ONES = 16
@@ -214,7 +210,7 @@ class _Visit:
         is_allowed = mask.allowed(row, s)
         if self.static.has_rest:  # keys past the end hold anything, NaN too
             is_allowed &= s < self.static.num_keys
-        return jnp.where(is_allowed, x_SR, _MASKED)
+        return jnp.where(is_allowed, x_SR, scores_lib.MASKED)
 
     def bias_place(self, parts, r: int, c: int):
         """Returns which tile of the bias a chunk needs, and how many steps past it the chunk lies."""
@@ -232,7 +228,7 @@ class _Visit:
     def before(self):
         """Maximum and sum before the first key: of nothing, or of the sink, a key without a value."""
         if "sinks" not in self.refs:
-            return EMPTY, 0.0
+            return scores_lib.EMPTY, 0.0
         return self.refs["sinks"][self.h] * scores_lib.LOG2E, 1.0
 
     def maximum(self, r: int):
@@ -293,7 +289,9 @@ class _Visit:
         # A query that saw nothing but masked keys has EMPTY for a maximum, or its sink.
         inverse = jnp.where(l_1R == 0, 0.0, 1.0 / l_1R)
         refs["o"][0, 0, at, :] = (o_CR * inverse).T.astype(refs["o"].dtype)
-        lse_1R = jnp.where(l_1R == 0, EMPTY, (m_1R + jnp.log2(l_1R)) * (1 / scores_lib.LOG2E))
+        lse_1R = jnp.where(
+            l_1R == 0, scores_lib.EMPTY, (m_1R + jnp.log2(l_1R)) * (1 / scores_lib.LOG2E)
+        )
         refs["lse"][0, 0, :, at] = lse_1R
 
     def idle(self, r: int):

@@ -44,7 +44,6 @@ def attention(
         how["mask"] = allowed_BTS[:, None]
     if bias is not None:
         term_BKGTS = bias.scores_BKGTS(t_T, s_S)
-        term_BKGTS = term_BKGTS.reshape((1,) * (5 - term_BKGTS.ndim) + term_BKGTS.shape)
         # The library takes [B or 1, H, T, S]; a bias shared by heads is spread over them.
         term_BKGTS = jnp.broadcast_to(
             term_BKGTS, (term_BKGTS.shape[0], K, G, *term_BKGTS.shape[3:])

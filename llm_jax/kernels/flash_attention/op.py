@@ -6,6 +6,7 @@ import logging
 import jax
 from jax import ad_checkpoint
 
+from llm_jax.kernels import placement
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import chunked
@@ -13,7 +14,6 @@ from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import jax_nn
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
-from llm_jax.kernels.flash_attention import placement
 from llm_jax.kernels.flash_attention import reference
 
 _LOG = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from llm_jax.kernels import placement
 from llm_jax.kernels.flash_attention import backward
 from llm_jax.kernels.flash_attention import backward_plan
 from llm_jax.kernels.flash_attention import backward_visits
@@ -21,7 +22,6 @@ from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import forward
 from llm_jax.kernels.flash_attention import forward_visits
 from llm_jax.kernels.flash_attention import masks
-from llm_jax.kernels.flash_attention import placement
 from llm_jax.kernels.flash_attention import scores as scores_lib
 
 

@@ -7,7 +7,6 @@ inside, the same objects are put together again around the pieces that a block n
 
 from collections.abc import Callable
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -19,7 +18,11 @@ from llm_jax.kernels.flash_attention import diagonals
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import masks
 
-LOG2E = math.log2(math.e)
+LOG2E = diagonals.LOG2E
+# Maximum of a query that has seen no key: finite, so that differences of maxima stay finite.
+EMPTY = -1e30
+# Score of a masked pair, so much lower that exp2(MASKED - EMPTY) is 0: such a query sums to 0.
+MASKED = -3e38
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""Where the arrays of an attention lie on the mesh: as its queries do."""
+"""Where the arrays of a kernel lie on the mesh that is set, and what that is made of."""
 
 from collections.abc import Sequence
 import math
