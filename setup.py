@@ -51,6 +51,6 @@ setuptools.setup(
         "aot": [AOT],
         # Kernels that the report stands ours beside.
         "peers": [AOT, "tokamax>=0.0.17; python_version >= '3.12'"],
-        "test": [AOT, "hypothesis>=6.100", "pytest>=8.0", "ruff>=0.12"],
+        "test": [AOT, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )

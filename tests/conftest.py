@@ -20,6 +20,16 @@ from llm_jax import config as config_lib  # noqa: E402
 from llm_jax import mesh as mesh_lib  # noqa: E402
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Lets go of compiled programs after each file.
+
+    Each holds some memory maps, of which Linux gives a process 65,530; without one left LLVM crashes.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def one_device():
     """A mesh of one device, entered."""
