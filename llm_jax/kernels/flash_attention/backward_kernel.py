@@ -136,7 +136,7 @@ def _tile(plan: Plan, refs, tile, masking: Masking, place, dq_at) -> None:
         if operand.dims == "BT":
             return _wide(ref, i, num_q)
         if operand.dims == "BS":
-            return scores_lib.column(_wide(ref, j, num_k))
+            return scores_lib.column(_wide(ref, j, num_k), size_q)
         if operand.dims in ("HNX", "BKGTS"):
             return ref
         return ref[{"B": b, "H": head, "": 0}[operand.dims]]

@@ -71,7 +71,10 @@ class _Visit:
         # Last tile first: it has most work at a causal edge, so the scores that the visit before
         # has issued for it are needed.
         self.order = list(range(len(self.pattern)))[::-1]
-        self.slot = {r: x % self.blocks.slots for x, r in enumerate(self.order)}
+        # Visits of fewer chunks have more slots in the same buffers.
+        self.num_chunks, per_slot = len(self.pattern[0]), self.blocks.kv // self.blocks.chunk
+        slots = self.blocks.slots * per_slot // self.num_chunks
+        self.slot = {r: x % slots for x, r in enumerate(self.order)}
         self.work = {
             r: [c for c, part in enumerate(self.pattern[r]) if part != forward_visits.SKIP]
             for r in self.order
@@ -119,6 +122,7 @@ class _Visit:
         return pl.ds(pl.multiple_of(start - self.origin, chunk), chunk)
 
     def buffer(self, slot: int, c: int):
+        slot, c = divmod(slot * self.num_chunks + c, self.blocks.kv // self.blocks.chunk)
         rows = slice(c * self.blocks.chunk, (c + 1) * self.blocks.chunk)
         return self.refs["scores"].at[slot, rows, :]
 
@@ -186,7 +190,8 @@ class _Visit:
             if operand.dims == "BT":
                 return ref[0, :, self.queries(r)]
             if operand.dims == "BS":
-                return scores_lib.column(ref[0, :, self.keys(self.starts[r, c])])
+                row_1S = ref[0, :, self.keys(self.starts[r, c])]
+                return scores_lib.column(row_1S, self.blocks.tile)
             if operand.dims in ("HNX", "BKGTS"):
                 return ref
             return ref[{"B": self.b, "H": self.h, "": 0}[operand.dims]]

@@ -7,6 +7,7 @@ inside, the same objects are put together again around the pieces that a block n
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -110,6 +111,12 @@ def dot(a: jax.Array, b: jax.Array, contracting: tuple[tuple[int, ...], tuple[in
     )
 
 
-def column(row_1N: jax.Array) -> jax.Array:
-    """Returns [1, N] as [N, 1]; eight equal rows are what a register transposes."""
-    return jnp.broadcast_to(row_1N, (8, row_1N.shape[1])).T[:, :1]
+def column(row_1N: jax.Array, width: int) -> jax.Array:
+    """Returns [1, N] as the columns of [N, width].
+
+    The transpose of as many equal rows as a register has lanes: that of one row would leave a column in
+    one lane, to be spread over the others register by register.
+    """
+    lanes = math.gcd(width, 128)
+    column_NL = jnp.broadcast_to(row_1N, (lanes, row_1N.shape[1])).T
+    return jnp.concatenate([column_NL] * (width // lanes), axis=1)
