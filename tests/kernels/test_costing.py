@@ -8,8 +8,8 @@ import pytest
 
 from llm_jax.kernels.costing import accuracy
 from llm_jax.kernels.costing import peers
-from llm_jax.kernels.costing import report
 from llm_jax.kernels.costing import shapes
+from llm_jax.kernels.costing import tables
 from llm_jax.kernels.flash_attention import masks
 
 
@@ -22,6 +22,13 @@ def test_pairs_are_those_of_the_mask(mask):
     allowed = np.asarray(masks.allowed_BTS(shape.make_mask(), place, place))
     one_row = allowed.sum() / allowed.shape[0]
     assert shape.num_pairs == one_row * shape.batch * shape.heads
+
+
+@pytest.mark.parametrize(
+    "mask, tiles", [("full", 16), ("causal", 10), ("window 256", 7), ("packed 512", 6)]
+)
+def test_tiles_are_those_with_a_pair(mask, tiles):
+    assert shapes.Attention(batch=2, length=1024, heads=3, mask=mask).num_tiles == tiles * 2 * 3
 
 
 @pytest.mark.parametrize("mask", ["casual", "window", "window 0", "packed x", "causal 3"])
@@ -78,4 +85,4 @@ def test_an_error_is_seen():
 
 
 def test_tables_are_markdown():
-    assert report.table(("a", "b"), [("1", "2")]) == ["| a | b |", "|---|---|", "| 1 | 2 |"]
+    assert tables.table(("a", "b"), [("1", "2")]) == ["| a | b |", "|---|---|", "| 1 | 2 |"]

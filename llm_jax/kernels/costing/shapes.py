@@ -52,6 +52,13 @@ class Attention:
         return int(seen.sum()) * self.batch * self.heads
 
     @property
+    def num_tiles(self) -> int:
+        """Tiles of 256 queries by 256 keys with a pair that attends, of all rows and heads."""
+        one_row = dataclasses.replace(self, batch=1).make_mask()
+        some, _ = masks.block_bounds(one_row, self.length, self.length, 256, 256)
+        return int(some.sum()) * self.batch * self.heads
+
+    @property
     def flops(self) -> int:
         """Of the products that the maths needs: two forward; five backward."""
         widths = self.width + (self.value_width or self.width)

@@ -112,18 +112,7 @@ def make_visits(
     which, part_masks = _part_masks(mask, some, is_open, num_keys, blocks, q_offset)
     some, is_open, which = (x[:, at_i, at_j] for x in (some, is_open, which))
 
-    # Open tiles as whole turns; the others are left to the masked lists, tile by small tile.
-    count = xp.sum(is_open, (-2, -1))
-    kept = count - count % blocks.open_unroll
-    rank = xp.cumsum(_listed(is_open), -1)
-    listed = _listed(is_open) & (rank <= kept[..., None])
-    taken = xp.swapaxes(listed.reshape(*is_open.shape[:2], *is_open.shape[:1:-1]), -1, -2)
-    ratio = blocks.open_q // blocks.masked_q, blocks.open_k // blocks.masked_k
-    taken = xp.repeat(xp.repeat(taken, ratio[0], -2), ratio[1], -1)
-    lists = [(listed, is_open.shape[-2])]
-    lists += [
-        (_listed(some & ~taken & (which == n)), some.shape[-2]) for n in range(len(part_masks))
-    ]
+    lists, kept = _lists(xp, some, is_open, which, len(part_masks), blocks)
     counts = [xp.sum(is_in, -1) for is_in, _ in lists]
     tiles = xp.concatenate([_compacted(xp, *each) for each in lists], -1)
     starts = _starts(lists, num_rows)
@@ -148,6 +137,25 @@ def make_visits(
         num_rows > 1,
         part_masks,
     )
+
+
+def _lists(
+    xp: Any, some: Any, is_open: Any, which: Any, num_masks: int, blocks: Blocks
+) -> tuple[list[tuple[Any, int]], Any]:
+    """Returns for the open tiles and each mask which are listed, with how many i there are; open ones.
+
+    Open tiles come in whole turns; the others are left to the masked lists, tile by small tile.
+    """
+    count = xp.sum(is_open, (-2, -1))
+    kept = count - count % blocks.open_unroll
+    rank = xp.cumsum(_listed(is_open), -1)
+    listed = _listed(is_open) & (rank <= kept[..., None])
+    taken = xp.swapaxes(listed.reshape(*is_open.shape[:2], *is_open.shape[:1:-1]), -1, -2)
+    ratio = blocks.open_q // blocks.masked_q, blocks.open_k // blocks.masked_k
+    taken = xp.repeat(xp.repeat(taken, ratio[0], -2), ratio[1], -1)
+    lists = [(listed, is_open.shape[-2])]
+    lists += [(_listed(some & ~taken & (which == n)), some.shape[-2]) for n in range(num_masks)]
+    return lists, kept
 
 
 def _starts(lists: list[tuple[Any, int]], num_rows: int) -> list[np.ndarray]:
