@@ -97,11 +97,6 @@ def check(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> None:
     if config.data.sequence_length > config.model.attention_chunk:
         sizes.append(("model.attention_chunk", config.model.attention_chunk, dict(rules.acts)["T"]))
     _check_divides(sizes, mesh)
-    if config.model.attention == "pallas" and axis_size(mesh, dict(rules.acts)["T"]) > 1:
-        raise errors.UserError(
-            f"config.model.attention = 'pallas' needs whole sequences, config.mesh.seq ="
-            f" {mesh.shape['seq']} cuts them; set it to 1, or use attention 'chunked'"
-        )
     tables = (*dict(rules.acts).values(), *dict(rules.params).values())
     used = {name for axes in tables for name in ((axes,) if isinstance(axes, str) else axes)}
     for axis in mesh_lib.AXES:

@@ -124,7 +124,6 @@ def test_check_accepts(shape, rules):
             {"model": {"embed_dim": 12, "head_dim": 4}},
             ["model.embed_dim = 12", "data"],
         ),
-        ((1, 1, 2, 1, 1), "dp", {"model": {"attention": "pallas"}}, ["'pallas'", "mesh.seq = 2"]),
         ((1, 1, 1, 1, 4), "tp", {}, ["model.num_kv_heads = 2", "4 ways", "tensor"]),
         ((1, 1, 1, 1, 2), "tp", {"model": {"vocab_size": 33}}, ["model.vocab_size = 33"]),
         ((1, 1, 1, 1, 2), "fsdp_tp", {"model": {"mlp_dim": 7}}, ["model.mlp_dim = 7"]),

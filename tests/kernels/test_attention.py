@@ -93,6 +93,15 @@ CASES = {
     "offset_one_way_t5": {"q_offset": 6, "num_queries": 5, "bias": _ONE_WAY},
     "offset_array": {"q_offset": 7, "num_queries": 4, "bias": biases.Full(_normal(1, 1, 1, 4, S))},
     "offset_packed": {"mask": masks.causal() & _segments(4), "q_offset": 7, "num_queries": 4},
+    "offset_everything": {
+        "mask": masks.local_window(left=4, right=0) & _segments(4),
+        "q_offset": 7,
+        "num_queries": 4,
+        "softcap": 0.7,
+        "bias": _ALIBI,
+        "sinks_KG": _normal(K, G),
+        "dropout": 0.2,
+    },
 }
 
 
@@ -206,18 +215,30 @@ def test_gradients_equal_those_of_the_reference(name, implementation):
     helpers.assert_close(gradients(implementation), gradients("reference"), 2e-5)
 
 
+# Sizes along replica, data, seq, expert, tensor.
+_ROWS_AND_HEADS, _QUERIES_AND_HEADS = (1, 2, 1, 1, 2), (1, 1, 2, 1, 2)
+_PLAINER = ("packed", "prefix", "sinks", "causal")
+
+
 @pytest.mark.parametrize(
-    "name, implementation",
-    pairs("everything", "everything_t5", "everything_array", "packed", "prefix", "sinks", "causal"),
+    "name, implementation, sizes",
+    [
+        (*pair, _ROWS_AND_HEADS)
+        for pair in pairs(*(f"everything{x}" for x in ("", "_t5", "_array")), *_PLAINER)
+    ]
+    + [
+        (*pair, _QUERIES_AND_HEADS)
+        for pair in pairs("offset_t5", "offset_array", "offset_packed", "offset_everything")
+    ],
 )
-def test_rows_and_heads_may_lie_on_several_devices(name, implementation):
+def test_arrays_may_lie_on_several_devices(name, implementation, sizes):
     case, extra = named(name)
     probe = np.random.default_rng(1).standard_normal((*case.q.shape[:-1], C)).astype(np.float32)
     run = attend(case, extra, implementation)
     gradient = jax.grad(lambda p, probe: jnp.sum(run(p) * probe))
     parameters = parameters_of(case)
     wanted = jax.device_get((jax.jit(run)(parameters), jax.jit(gradient)(parameters, probe)))
-    mesh, rules = helpers.make_mesh((1, 2, 1, 1, 2), "fsdp_tp")
+    mesh, rules = helpers.make_mesh(sizes, "fsdp_tp")
 
     def put(letters, array):
         sharding = jax.sharding.NamedSharding(mesh, rules.act(letters))

@@ -36,13 +36,7 @@ MESHES = {
     "tp": ((1, 2, 1, 1, 2), "tp"),
 }
 
-# Kernels take whole sequences.
-_CASES = [
-    (model, mesh)
-    for model in MODELS
-    for mesh, (sizes, _) in MESHES.items()
-    if model != "kernels" or sizes[2] == 1
-]
+_CASES = [(model, mesh) for model in MODELS for mesh in MESHES]
 
 
 def _config(model, **sections):

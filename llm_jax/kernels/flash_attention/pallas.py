@@ -1,9 +1,9 @@
 """Attention by TPU kernels: layouts, devices and gradients around the kernel of one device."""
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import ad_checkpoint
@@ -86,7 +86,7 @@ def prepare(
 
     def local(mask):
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape_of_bias)
-        parts = scores_lib.Parts(mask, blank, None, None, None, None, scale=1.0, softcap=None)
+        parts = scores_lib.Parts(mask, blank, *(None,) * 5, scale=1.0, softcap=None)
         sizes = forward.fitted(chosen.forward, mask, (T, num_keys), widths, dtype, 0, blank)
         backward_sizes = group, *widths, jnp.dtype(dtype).itemsize
         fitted = chosen.backward.fit(T, num_keys)
@@ -137,6 +137,7 @@ def attention(
     if reason is not None:
         raise ValueError(f"attention 'pallas' {reason}; use 'chunked'")
     is_known = isinstance(q_offset, int)
+    k_BSKC, v_BSKC = (_with_all_keys(x) for x in (k_BSKC, v_BSKC))
     if isinstance(mask, Prepared):
         _check_prepared(mask, q_BTKGC, v_BSKC, bias, q_offset if is_known else None, chosen)
     static = _Static(
@@ -149,6 +150,14 @@ def attention(
     )
     extra = (mask, bias, sinks_KG, dropout, None if is_known else q_offset)
     return _attention(static, q_BTKGC, k_BSKC, v_BSKC, *extra)
+
+
+def _with_all_keys(x_BSKC: jax.Array) -> jax.Array:
+    """Gathers keys or values that are cut along the sequence: each device's queries see all of them."""
+    row_axes, length_axes, *others = (*jax.typeof(x_BSKC).sharding.spec, None, None)
+    if not placement.is_cut(length_axes):
+        return x_BSKC
+    return jax.sharding.reshard(x_BSKC, PartitionSpec(row_axes, None, *others[:2]))
 
 
 def _check_prepared(prepared: Prepared, q_BTKGC, v_BSKC, bias, q_offset, blocks) -> None:
@@ -168,9 +177,6 @@ def refusal(
     q_BTKGC: jax.Array, v_BSKC: jax.Array, bias: biases.Bias | None, blocks: blocks_lib.Blocks
 ) -> str | None:
     """Returns why the kernels do not take these arguments, or None where they do."""
-    spec = jax.typeof(q_BTKGC).sharding.spec
-    if placement.is_cut((*spec, None, None)[1]):
-        return f"needs whole sequences, queries are sharded {spec}"
     lengths, widths = (q_BTKGC.shape[1], v_BSKC.shape[1]), (q_BTKGC.shape[-1], v_BSKC.shape[-1])
     full, dtype = masks.full(), q_BTKGC.dtype
     if forward.fitted(blocks.forward, full, lengths, widths, dtype, bias=bias) is None:
@@ -209,31 +215,40 @@ def _forward(static, *arrays):
     return y_BTKGC, (arrays, y_BTKGC, lse_BKGT)
 
 
+class _Axes(NamedTuple):
+    """Axes of the mesh that the dimensions of the queries are cut over."""
+
+    row: placement.Axes
+    length: placement.Axes
+    k: placement.Axes
+    g: placement.Axes
+
+
 def _on_each_device(
     local, outs, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *more
 ):
     """Runs `local` where the arrays lie: a kernel cannot be cut up from outside.
 
-    Keys and values, and what belongs to rows and heads, lie as the queries do.
+    Keys and values, and what belongs to rows and heads, lie as the queries do; of a sequence that is cut
+    each device has some of the queries and all keys.
 
     Args:
-      local: called with the axes that rows, key heads and groups are cut over, and this device's
-        pieces.
+      local: called with `_Axes` and this device's pieces.
       outs: letters of the results.
       more: pairs of letters and array, after the arguments of the attention.
     """
     q_spec = jax.typeof(q_BTKGC).sharding.spec
-    row_axes, length_axes, k_axes, g_axes = (*q_spec, *(None,) * 4)[:4]
-    if dropout is not None and placement.is_cut(g_axes):
+    axes = _Axes(*(*q_spec, *(None,) * 4)[:4])
+    if dropout is not None and placement.is_cut(axes.g):
         raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
-    axes = {"B": row_axes, "T": length_axes, "K": k_axes, "G": g_axes}
-    local = functools.partial(local, row_axes, k_axes, g_axes)
-    if row_axes is None and k_axes is None and g_axes is None:
+    local = functools.partial(local, axes)
+    if not any(axes):
         extra = (array for _, array in more)
         return local(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
 
     def spec(letters: str) -> PartitionSpec:
-        return PartitionSpec(*(axes.get(letter) for letter in letters))
+        cut = dict(zip("BTKG", axes))
+        return PartitionSpec(*(cut.get(letter) for letter in letters))
 
     extra = (jax.sharding.reshard(array, spec(letters)) for letters, array in more)
     out_specs = tuple(spec(letters) for letters in outs)
@@ -254,11 +269,12 @@ def _heads_first(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, 1, 2)
 
 
-def _parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset) -> scores_lib.Parts:
-    B, _, K, G, _ = q_BTKGC.shape
-    offsets = (None, None)
+def _parts(static, axes: _Axes, q_BTKGC, mask, bias, dropout, q_offset) -> scores_lib.Parts:
+    """Returns the parts of this device's attention; `q_offset` is None where `static` knows it."""
+    B, T, K, G, _ = q_BTKGC.shape
+    offsets = (None, None, None)
     if dropout is not None:
-        offsets = _offset(row_axes, B), _offset(k_axes, K * G)
+        offsets = _offset(axes.row, B), _offset(axes.k, K * G), _offset(axes.length, T)
     return scores_lib.Parts(
         mask,
         bias,
@@ -271,7 +287,14 @@ def _parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset) -> 
     )
 
 
-def _offset(axes: str | Sequence[str] | None, size: int) -> jax.Array:
+def _own_offset(static, axes: _Axes, q_offset: jax.Array | None, T: int) -> jax.Array | None:
+    """Returns the slot of this device's first query, or None where `static` knows it."""
+    if not placement.is_cut(axes.length):
+        return q_offset
+    return (static.q_offset if q_offset is None else q_offset) + _offset(axes.length, T)
+
+
+def _offset(axes: placement.Axes, size: int) -> jax.Array:
     """Returns where this device's part begins of a dimension cut over mesh axes."""
     if axes is None:
         return jnp.zeros((), jnp.int32)
@@ -279,9 +302,10 @@ def _offset(axes: str | Sequence[str] | None, size: int) -> jax.Array:
 
 
 def _forward_on_one_device(
-    static, row_axes, k_axes, _, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
+    static, axes, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset
 ):
     B, T, K, G, _ = q_BTKGC.shape
+    q_offset = _own_offset(static, axes, q_offset, T)
     offset = static.q_offset if q_offset is None else q_offset
     mask, visits, _ = _parted(mask)
     S, widths = k_BSKC.shape[1], (q_BTKGC.shape[-1], v_BSKC.shape[-1])
@@ -289,7 +313,7 @@ def _forward_on_one_device(
     blocks = forward.fitted(sizes, mask, (T, S), widths, q_BTKGC.dtype, offset, bias)
     y_BHTC, lse_BHT = forward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
-        parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
+        parts=_parts(static, axes, q_BTKGC, mask, bias, dropout, q_offset),
         visits=visits or forward_visits.make_visits(mask, T, S, blocks, offset),
         blocks=blocks,
         sinks_H=None if sinks_KG is None else sinks_KG.reshape(-1),
@@ -303,9 +327,7 @@ def _forward_on_one_device(
 def _backward_on_one_device(
     static,
     is_shared,
-    row_axes,
-    k_axes,
-    g_axes,
+    axes,
     q_BTKGC,
     k_BSKC,
     v_BSKC,
@@ -320,28 +342,30 @@ def _backward_on_one_device(
 ):
     del sinks_KG  # the logsumexp holds them
     B, T, K, G, _ = q_BTKGC.shape
+    q_offset = _own_offset(static, axes, q_offset, T)
     mask, _, visits = _parted(mask)
     dq, dk, dv, dbias = backward.attention(
         *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC, dy_BTKGC)),
         lse_BKGT.reshape(B, K * G, T),
         delta_BKGT.reshape(B, K * G, T),
-        parts=_parts(static, row_axes, k_axes, q_BTKGC, mask, bias, dropout, q_offset),
+        parts=_parts(static, axes, q_BTKGC, mask, bias, dropout, q_offset),
         q_offset=static.q_offset if q_offset is None else q_offset,
         blocks=static.blocks.backward.fit(T, k_BSKC.shape[1]),
         visits=visits,
         interpret=static.is_interpreted,
     )
-    found = (
-        jnp.swapaxes(dq, 1, 2).reshape(q_BTKGC.shape),
-        jnp.swapaxes(dk, 1, 2),
-        jnp.swapaxes(dv, 1, 2),
-    )
+    dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dk, dv))
+    if placement.is_cut(axes.length):  # of these queries alone
+        dk, dv = (jax.lax.psum(x, axes.length) for x in (dk, dv))
+    found = jnp.swapaxes(dq, 1, 2).reshape(q_BTKGC.shape), dk, dv
     if dbias is None:
         return found
     (array,) = jax.tree.leaves(dbias)
-    for axes, is_summed in zip((row_axes, k_axes, g_axes), is_shared):
-        if axes is not None and is_summed:  # rows and heads that share a value, wherever they lie
-            array = jax.lax.psum(array, axes)
+    for names, is_summed in zip(axes, is_shared):
+        if (
+            names is not None and is_summed
+        ):  # queries and heads that share a value, wherever they lie
+            array = jax.lax.psum(array, names)
     return *found, array
 
 
@@ -351,12 +375,13 @@ def _backward(static, residuals, dy_BTKGC):
     delta_BTKG = jnp.sum(dy_BTKGC.astype(jnp.float32) * y_BTKGC.astype(jnp.float32), -1)
     delta_BKGT = jnp.moveaxis(delta_BTKG, 1, 3)
     more = ("BTKGC", dy_BTKGC), ("BKGT", lse_BKGT), ("BKGT", delta_BKGT)
-    outs, is_shared = ["BTKGC", "BSKC", "BSKC"], (True, False, False)
+    outs, is_shared = ["BTKGC", "BSKC", "BSKC"], (True, True, False, False)
     if isinstance(bias, biases.Relative):
         outs.append("KGU")
     elif isinstance(bias, biases.Full):
-        is_shared = tuple(size == 1 for size in bias.bias_BKGTS.shape[:3])
-        letters = ("1" if is_one else letter for letter, is_one in zip("BKG", is_shared))
+        of_row, of_k, of_g = (size == 1 for size in bias.bias_BKGTS.shape[:3])
+        is_shared = (of_row, False, of_k, of_g)
+        letters = ("1" if is_one else letter for letter, is_one in zip("BKG", (of_row, of_k, of_g)))
         outs.append("".join(letters) + "TS")
     local = functools.partial(_backward_on_one_device, static, is_shared)
     dq, dk, dv, *made = _on_each_device(local, outs, *arrays, *more)

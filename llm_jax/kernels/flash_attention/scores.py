@@ -35,8 +35,8 @@ class Parts:
       mask, dropout: as in `reference.attention`.
       bias: as there; inside a kernel, what `diagonals` makes of it for each shape of tiles.
       q_offset: slot of the first query, int32 scalar; None where it is `static_offset`.
-      row_offset, head_offset: of this device's rows and heads in the whole batch, int32 scalars that
-        dropout counts from; None without dropout.
+      row_offset, head_offset, query_offset: of this device's rows, heads and queries among all of them,
+        int32 scalars that dropout counts from; None without dropout.
       scale, softcap, static_offset: known when the kernel is compiled.
     """
 
@@ -46,6 +46,7 @@ class Parts:
     q_offset: Any
     row_offset: Any
     head_offset: Any
+    query_offset: Any
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(metadata={"static": True})
     static_offset: int = dataclasses.field(default=0, metadata={"static": True})
