@@ -4,6 +4,7 @@
 #   make test                     the whole suite
 #   make test PYTHON=python3.11   with another Python (3.11 or newer)
 #   make test-fast                without the slow tests
+#   make test-long                what takes minutes each: the shipped configs, compiled for their slices
 #   make lint                     ruff, as CI runs it
 #   make lock                     record the versions that are installed now
 
@@ -48,10 +49,13 @@ demo: $(STAMP)
 	  --temperature=0.8 --top_p=0.95 --max_tokens=160
 
 test: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) -m 'not long'
 
 test-fast: $(STAMP)
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not long'
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -63,4 +67,4 @@ lock: $(STAMP)
 clean:
 	rm -rf .venv runs
 
-.PHONY: help install demo test test-fast lint lock clean
+.PHONY: help install demo test test-fast test-long lint lock clean
