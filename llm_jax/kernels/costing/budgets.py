@@ -46,6 +46,7 @@ PROGRAMS: Mapping[str, tuple[str, dict]] = {
     "attention width 64": _attention(width=64),
     "attention of groups, soft-capped": _attention(key_heads=1, softcap=50.0),
     "attention window 512": _attention(mask="window 512"),
+    "attention of documents of 512": _attention(mask="packed 512"),
     "attention ALiBi": _attention(bias="alibi"),
     "attention T5": _attention(bias="t5", has_bias_gradient=True),
     "decode, pages of 64": _decode(page=64),

@@ -50,7 +50,7 @@ _VALUES = {
     },
 }
 # Less than this is not worth another row that differs.
-_LEAST_GAIN = 0.005
+_LEAST_GAIN = 0.01
 # Tokens of the attention that is timed: enough for several heads of several blocks.
 _TOKENS = 8192
 # For one candidate: the compiler takes hours for blocks far too large.
