@@ -1,7 +1,7 @@
 """The trust report of the kernels: `python -m llm_jax.kernels.costing.report` writes it.
 
 Errors come from running the kernels, interpreted; times from the TPU compiler's schedule
-(`llm_jax.aot`). Hours on two cores; with `--cache` what is done already is not done again.
+(`llm_jax.aot`). An hour on two cores; with `--cache` what is done already is not done again.
 """
 
 from collections.abc import Iterable
