@@ -202,7 +202,7 @@ def _attention_of(config: config_lib.RunConfig) -> kernel_cost.Case:
         length,
         heads=model.num_heads,
         key_heads=model.num_kv_heads,
-        width=model.head_dim or model.embed_dim // model.num_heads,
+        width=model.head_width,
         mask=f"packed {length}",
         has_gradient=True,
     )
