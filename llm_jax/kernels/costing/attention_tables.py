@@ -175,8 +175,9 @@ def feature_rows(cache: str | None, processes: int) -> list[str]:
         " a tile of 256 x 256 that holds a pair that attends, and for the width: 1 where time is in"
         " proportion. A kernel's time, its matrix unit's share and its fullest other slot (VALU"
         " arithmetic, EUP exponentials, XLU moves across lanes, VLD and VST loads and stores) say what"
-        " holds a row up: where no slot is full it is what a row or a head costs whatever it sees, and"
-        " the latency of short loops.",
+        " holds a row up: where no slot is full it is what a head costs whatever it sees, the latency"
+        " of short loops, and mask arithmetic (of packed documents every tile is masked, of a causal"
+        " mask one in eight).",
         "",
         *tables.table((*header, "HBM / least", "VMEM MiB"), rows),
     ]

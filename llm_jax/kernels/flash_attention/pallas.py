@@ -361,10 +361,9 @@ def _backward_on_one_device(
     if dbias is None:
         return found
     (array,) = jax.tree.leaves(dbias)
+    # Rows, queries and heads that share a value, wherever they lie.
     for names, is_summed in zip(axes, is_shared):
-        if (
-            names is not None and is_summed
-        ):  # queries and heads that share a value, wherever they lie
+        if names is not None and is_summed:
             array = jax.lax.psum(array, names)
     return *found, array
 
