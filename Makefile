@@ -4,7 +4,7 @@
 #   make test                     the whole suite
 #   make test PYTHON=python3.11   with another Python (3.11 or newer)
 #   make test-fast                without the slow tests
-#   make test-long                what takes minutes each: the shipped configs, compiled for their slices
+#   make test-long                the shipped configs, compiled whole for their slices (two minutes)
 #   make lint                     ruff, as CI runs it
 #   make lock                     record the versions that are installed now
 

@@ -65,6 +65,7 @@ def ours(shape: shapes.Attention, slice_name: str) -> kernel_cost.Case:
 
 
 def accuracy_rows() -> list[str]:
+    """The largest errors of our kernels and the peers', by running them interpreted."""
     rows = []
     for name, shape in _ACCURACY.items():
         for dtype in ("float32", "bfloat16"):
@@ -160,6 +161,7 @@ def _figures(cost: kernel_cost.ProgramCost, shape: shapes.Attention) -> tuple[st
 
 
 def feature_rows(cache: str | None, processes: int) -> list[str]:
+    """What each mask, score, width and dtype costs, on every generation."""
     names = [(name, slice_name) for slice_name in _COMPILED for name in _FEATURES]
     cases = [ours(_FEATURES[name], slice_name) for name, slice_name in names]
     costs = kernel_cost.costs(cases, cache_directory=cache, num_processes=processes)

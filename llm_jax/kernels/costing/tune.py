@@ -26,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 # What is tried of each field. A combination that the sizes themselves refuse is passed over. What is timed
 # is causal attention, so sizes are left out that win a few percent there and lose more elsewhere: forward
-# blocks of 4,096 queries or 2,048 keys (a third slower for packed documents, and twice as long to compile)
+# blocks of 4,096 queries or 2,048 keys (slower for long packed documents, and long to compile)
 # and open tiles of 1,024 (none lies within a window of 1,024).
 _VALUES = {
     "forward": {
