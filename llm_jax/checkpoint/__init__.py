@@ -1,0 +1,49 @@
+"""Checkpoints that explain themselves and restore on any mesh; the only package that imports Orbax.
+
+    WORKDIR/checkpoints/STEP/params     the model's parameters, what sampling reads
+    WORKDIR/checkpoints/STEP/training   optimiser state and counters
+    WORKDIR/checkpoints/STEP/meta       config, tokenizer, code version, a fingerprint per array
+    WORKDIR/checkpoints_damaged/        what could not be read, moved aside by a resuming run
+
+Orbax writes into a temporary folder and renames it, so a save that was cut off is never seen. What
+was damaged afterwards shows by the fingerprints, sums over the bits of each array that do not
+depend on how it is sharded.
+
+    meta       what a checkpoint says of itself: `Meta`, `read_meta`
+    arrays     its arrays, onto any mesh: `restore_params`
+    folder     a run's checkpoints: `directory`, `steps`, the one asked for by `read_latest`
+    mismatch   what keeps a checkpoint from fitting a run
+    manager    `Checkpoints`, which a training run saves to and resumes from
+"""
+
+from llm_jax.checkpoint.arrays import restore_params
+from llm_jax.checkpoint.folder import BEST
+from llm_jax.checkpoint.folder import directory
+from llm_jax.checkpoint.folder import parse_step
+from llm_jax.checkpoint.folder import read_latest
+from llm_jax.checkpoint.folder import steps
+from llm_jax.checkpoint.manager import Checkpoints
+from llm_jax.checkpoint.meta import FORMAT_VERSION
+from llm_jax.checkpoint.meta import DamagedError
+from llm_jax.checkpoint.meta import Meta
+from llm_jax.checkpoint.meta import code_version
+from llm_jax.checkpoint.meta import read_meta
+from llm_jax.checkpoint.mismatch import check_resumable
+from llm_jax.checkpoint.mismatch import differences
+
+__all__ = [
+    "BEST",
+    "Checkpoints",
+    "DamagedError",
+    "FORMAT_VERSION",
+    "Meta",
+    "check_resumable",
+    "code_version",
+    "differences",
+    "directory",
+    "parse_step",
+    "read_latest",
+    "read_meta",
+    "restore_params",
+    "steps",
+]
