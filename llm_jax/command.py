@@ -103,6 +103,12 @@ def _take_none_overrides(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def config_name() -> str:
+    """Returns the name of the file of `--config`, without its folder and suffix."""
+    path = _config_file(sys.argv)
+    return "" if path is None else path.stem
+
+
 def _config_file(argv: Sequence[str]) -> pathlib.Path | None:
     """Returns the file that `--config=FILE[:arg]` names, or None.
 

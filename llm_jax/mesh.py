@@ -5,6 +5,7 @@ import math
 
 import jax
 from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
 import numpy as np
 
@@ -32,6 +33,12 @@ def resolve_shape(config: config_lib.MeshConfig, num_devices: int) -> tuple[int,
             " sizes, or set one axis to -1 to take all that are left"
         )
     return tuple(shape)
+
+
+def make_abstract(config: config_lib.MeshConfig, num_devices: int) -> AbstractMesh:
+    """Returns the mesh of as many devices by its sizes alone: to trace and lower for. Raises as above."""
+    shape = resolve_shape(config, num_devices)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def make(

@@ -8,7 +8,9 @@ anything:
   kernel_cost    `Case` -> `ProgramCost`, `KernelCost` or `Refusal`; the rest is behind it
   worker         the process that compiles, with libtpu's flags set before it is loaded
   hlo, loops     the schedule: operations, constants, how often loops run
-  schedule       replays it: operations one after the other, copies in the background
+  schedule       replays it: operations one after the other, copies and collectives in the background
+  collectives    which operations begin, carry on and await collectives
+  network        which axes and links these take, and how long
   bundles        one operation's VLIW bundles, read from the text that libtpu writes
   translate      their scalar instructions as Python functions, a straight run each
   machine        executes those: cycles, DMAs, use of the units
@@ -33,8 +35,14 @@ Large blocks: within 6%. Small blocks, which live by the latency of DMAs (fitted
 may be off by some tens of percent. Of v6e and v5p there is hardly anything to compare with, of
 TPU7x nothing: take those for ratios. Compare like with like, on one chip, from one compiler.
 
-What is not modelled: collectives and copies between chips (`ProgramCost.not_modelled` names them),
-the SparseCores, the start of a program and of each operation in it, contention of HBM's banks and the
+Collectives take the time that their bytes need on the links of the slice, at 90% of the published
+bandwidth, and a microsecond a hop. Those that start early go on behind operations, and wait for others on
+the same links; what is waited for is `ProgramCost.exposed_seconds`. Nothing of this was compared with a
+measurement of its own.
+
+What is not modelled: what collectives take of HBM and of the core's slots, links that are shared by chance
+(groups count as evenly spread), transfers between slices that the program leaves to the hosts
+(`ProgramCost.not_modelled` names such things), the SparseCores, the start of a program and of each operation in it, contention of HBM's banks and the
 cost of short strides, throttling; of a loop's operations all turns but the first, of a conditional all
 branches but the costliest.
 """

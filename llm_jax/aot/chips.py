@@ -1,7 +1,8 @@
 """What one JAX device of each TPU generation has.
 
 Sources: Google's specifications (cloud.google.com/tpu/docs, the pages of v4, v5e, v5p, v6e and TPU7x:
-peak FLOP/s, HBM size and bandwidth, cores); `jax.experimental.pallas.tpu.get_tpu_info` (VMEM, number
+peak FLOP/s, bandwidth of HBM, of links between chips and of the network, cores); what libtpu says when a
+program is too large (size of HBM); `jax.experimental.pallas.tpu.get_tpu_info` (VMEM, number
 and size of matrix units). Clocks follow from them: peak = cores x units x size^2 x 2 x rows a cycle x
 clock, with one row a cycle before v6e and two from then on; that of TPU7x was checked against nothing
 else. Delay slots of branches and issue slots were read off compiled programs.
@@ -19,6 +20,11 @@ class Chip:
     Attributes:
       num_cores: TensorCores that one device runs on together; they share its HBM. The matrix units,
         VMEM and issue slots below are those of one core.
+      hbm_bytes: that the compiler gives to programs; it keeps the rest.
+      ici_bandwidth: bytes a second of one link to a neighbouring chip, each way.
+      ici_wraps: sides of a slice that are rings: those of such a length or, for 4, of its multiples
+        where all sides are.
+      dcn_bandwidth: bytes a second that a chip sends to other slices.
       mxu_size: rows and columns of a matrix unit.
       mxu_rows_per_cycle: rows of bfloat16 operands that a unit takes in each cycle.
       delay_slots: bundles after a branch that are executed before it is taken.
@@ -31,6 +37,9 @@ class Chip:
     peak_bf16_flops: float
     hbm_bytes: int
     hbm_bandwidth: float  # bytes a second
+    ici_bandwidth: float
+    ici_wraps: int
+    dcn_bandwidth: float
     vmem_bytes: int
     num_cores: int
     num_mxus: int
@@ -55,8 +64,11 @@ CHIPS = {
             device_kind="TPU v4",
             clock_hz=1.05e9,
             peak_bf16_flops=275e12,
-            hbm_bytes=32 * _GIB,
+            hbm_bytes=int(30.75 * _GIB),
             hbm_bandwidth=1228e9,
+            ici_bandwidth=50e9,
+            ici_wraps=4,
+            dcn_bandwidth=3.125e9,
             vmem_bytes=16 * _MIB,
             num_cores=2,
             num_mxus=4,
@@ -69,8 +81,11 @@ CHIPS = {
             device_kind="TPU v5 lite",
             clock_hz=1.5e9,
             peak_bf16_flops=197e12,
-            hbm_bytes=16 * _GIB,
+            hbm_bytes=int(15.75 * _GIB),
             hbm_bandwidth=819e9,
+            ici_bandwidth=50e9,
+            ici_wraps=16,
+            dcn_bandwidth=3.125e9,
             vmem_bytes=128 * _MIB,
             num_cores=1,
             num_mxus=4,
@@ -83,8 +98,11 @@ CHIPS = {
             device_kind="TPU v5",
             clock_hz=1.75e9,
             peak_bf16_flops=459e12,
-            hbm_bytes=95 * _GIB,
+            hbm_bytes=int(95.73 * _GIB),
             hbm_bandwidth=2765e9,
+            ici_bandwidth=100e9,
+            ici_wraps=4,
+            dcn_bandwidth=6.25e9,
             vmem_bytes=64 * _MIB,
             num_cores=2,
             num_mxus=4,
@@ -97,8 +115,11 @@ CHIPS = {
             device_kind="TPU v6 lite",
             clock_hz=1.75e9,
             peak_bf16_flops=918e12,
-            hbm_bytes=32 * _GIB,
+            hbm_bytes=int(31.24 * _GIB),
             hbm_bandwidth=1640e9,
+            ici_bandwidth=100e9,
+            ici_wraps=16,
+            dcn_bandwidth=12.5e9,
             vmem_bytes=128 * _MIB,
             num_cores=1,
             num_mxus=2,
@@ -111,8 +132,11 @@ CHIPS = {
             device_kind="TPU7x",
             clock_hz=2.2e9,
             peak_bf16_flops=1153.5e12,
-            hbm_bytes=96 * _GIB,
+            hbm_bytes=int(94.74 * _GIB),
             hbm_bandwidth=3690e9,
+            ici_bandwidth=100e9,
+            ici_wraps=4,
+            dcn_bandwidth=12.5e9,
             vmem_bytes=64 * _MIB,
             num_cores=1,
             num_mxus=2,

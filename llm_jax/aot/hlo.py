@@ -257,15 +257,15 @@ def _parse_types(text: str) -> Iterator[Array]:
         space = _SPACE.search(rest)
         yield Array(
             dtype,
-            _integers(re.sub(r"[<=]", "", shape)),
-            _integers(order),
-            _integers(tile[1]) if tile else (),
+            integers(re.sub(r"[<=]", "", shape)),
+            integers(order),
+            integers(tile[1]) if tile else (),
             bool(tile and tile[2]),
             int(space[1]) if space else HBM,
         )
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 

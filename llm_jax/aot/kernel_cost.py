@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -34,12 +35,15 @@ class Case:
       slice_name: as `topology.devices` takes it.
       arguments: what JSON can hold.
       compiler_options: XLA's, for this program alone.
+      flags: of libtpu, as `xla_flags.for_chip` makes them. It reads them once: programs with others are
+        compiled by another process.
     """
 
     target: str
     slice_name: str
     arguments: Mapping[str, object] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flags: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,26 +86,79 @@ class KernelCost:
 
 
 @dataclasses.dataclass(frozen=True)
+class CollectiveCost:
+    """The collectives of one kind that run over the same axes of the mesh, in one run of the program.
+
+    Attributes:
+      kind: as XLA calls it: "all-gather", "reduce-scatter", ...
+      axes: of the mesh; () where the groups fit none.
+      num_bytes: sum of the arrays, each as it is before it is scattered or after it is gathered.
+      seconds: that links are busy, whether something is computed meanwhile or not.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    num_executions: int
+    num_bytes: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a program takes on one device, in bytes.
+
+    Attributes:
+      arguments: that it is given; `aliased` of them become its results.
+      temporaries: at their most.
+      code: of the program.
+      host: arguments, results and temporaries in the memory of the host.
+    """
+
+    arguments: int
+    results: int
+    aliased: int
+    temporaries: int
+    code: int
+    host: int
+
+    @property
+    def peak(self) -> int:
+        """HBM at the most, without the code."""
+        return self.arguments + self.results - self.aliased + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
 class ProgramCost:
     """A whole program on one device.
 
     Attributes:
-      seconds: from its first operation to its last, copies between them included.
+      seconds: from its first operation to its last, copies and collectives between them included.
+      exposed_seconds: part of it in which it does nothing but wait for other chips.
       hbm_bytes_read, hbm_bytes_written: of all operations and copies.
-      hbm_peak_bytes: arguments, results and temporaries at their most.
+      memory: what it takes of HBM.
       mxu: share of the matrix units' time that is used.
       operations: the costliest first.
-      not_modelled: what takes time on the chip and none here: collectives above all.
+      collectives: the longest first.
+      compile_seconds: what it took to compile, on this machine.
+      not_modelled: what takes time on the chip and none here.
     """
 
     case: Case
     seconds: float
+    exposed_seconds: float
     hbm_bytes_read: int
     hbm_bytes_written: int
-    hbm_peak_bytes: int
+    memory: Memory
     mxu: float
     operations: tuple[KernelCost, ...]
+    collectives: tuple[CollectiveCost, ...]
+    compile_seconds: float
     not_modelled: tuple[str, ...]
+
+    @property
+    def hbm_peak_bytes(self) -> int:
+        """Arguments, results and temporaries at their most."""
+        return self.memory.peak
 
     @property
     def kernels(self) -> tuple[KernelCost, ...]:
@@ -181,7 +238,7 @@ def _in_turn(
     """Costs cases by one worker; a case that ends it, or takes too long, is refused."""
     results = []
     while len(results) < len(cases):
-        waiting = cases[len(results) :]
+        waiting = _alike(cases[len(results) :])
         with tempfile.TemporaryDirectory(prefix="llm_jax_aot_") as name:
             directory = pathlib.Path(name)
             request = {
@@ -189,7 +246,7 @@ def _in_turn(
                 "cache_directory": cache_directory,
             }
             (directory / "request.json").write_text(json.dumps(request))
-            reason, details = _run_worker(directory, timeout_seconds)
+            reason, details = _run_worker(directory, waiting[0].flags, timeout_seconds)
             answers = _read_answers(directory)
         if answers and "mistake" in answers[-1]:
             raise errors.UserError(answers[-1]["mistake"])
@@ -199,10 +256,19 @@ def _in_turn(
     return results
 
 
-def _run_worker(directory: pathlib.Path, timeout_seconds: float) -> tuple[str, str]:
+def _alike(cases: Sequence[Case]) -> list[Case]:
+    """Returns the first cases, as long as one process can take them."""
+    return list(itertools.takewhile(lambda case: case.flags == cases[0].flags, cases))
+
+
+def _run_worker(
+    directory: pathlib.Path, flags: Sequence[str], timeout_seconds: float
+) -> tuple[str, str]:
     """Runs a worker to its end; returns why there may be too few answers, and what it printed."""
     environment = os.environ | topology.ENVIRONMENT
     environment["JAX_PLATFORMS"] = "cpu"
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    environment["LIBTPU_INIT_ARGS"] = " ".join([*flags, *given.split()])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     log = directory / "stderr.txt"
     with log.open("w") as stderr:
@@ -254,5 +320,12 @@ def _decode(case: Case, answer: dict) -> ProgramCost | Refusal:
         KernelCost(**{**fields, "guesses": tuple(fields["guesses"])})
         for fields in answer.pop("operations")
     )
-    not_modelled = tuple(answer.pop("not_modelled"))
-    return ProgramCost(case, **answer, operations=operations, not_modelled=not_modelled)
+    found = {
+        "memory": Memory(**answer.pop("memory")),
+        "not_modelled": tuple(answer.pop("not_modelled")),
+        "collectives": tuple(
+            CollectiveCost(**{**fields, "axes": tuple(fields["axes"])})
+            for fields in answer.pop("collectives")
+        ),
+    }
+    return ProgramCost(case, **answer, operations=operations, **found)

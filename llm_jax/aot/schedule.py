@@ -7,10 +7,12 @@ import re
 
 from llm_jax.aot import bundles
 from llm_jax.aot import chips
+from llm_jax.aot import collectives
 from llm_jax.aot import hlo
 from llm_jax.aot import kernel_cost
 from llm_jax.aot import loops
 from llm_jax.aot import machine
+from llm_jax.aot import network
 
 # Names for what is there already.
 _FREE = {
@@ -26,34 +28,51 @@ _FREE = {
     "add-dependency",
     "domain",
 }
-_COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-    "send",
-    "recv",
-)
+# Between slices, by the hosts: in what order they are done is not in the schedule.
+_HOST_TRANSFERS = ("send", "recv")
 _FILE = re.compile(r"\d+-(.*)-\d+-packed-bundles-post-ra\.txt")
 
 
 @dataclasses.dataclass
 class _Totals:
-    """What is added up along the schedule; `seconds` is the time reached in it."""
+    """What is added up along the schedule.
+
+    Attributes:
+      seconds: the time reached in it.
+      exposed_seconds: part of it in which nothing is done but wait for other chips.
+    """
 
     seconds: float = 0.0
+    exposed_seconds: float = 0.0
     mxu_seconds: float = 0.0
     bytes_read: int = 0
     bytes_written: int = 0
 
     def add(self, other: "_Totals", times: int) -> None:
         self.seconds += times * other.seconds
+        self.exposed_seconds += times * other.exposed_seconds
         self.mxu_seconds += times * other.mxu_seconds
         self.bytes_read += times * other.bytes_read
         self.bytes_written += times * other.bytes_written
+
+
+class _Flights:
+    """Collectives that were begun.
+
+    Attributes:
+      ends: when each one will have arrived, by its key.
+    """
+
+    def __init__(self):
+        self.ends: dict[str, float] = {}
+        self._free: dict[network.Link, float] = {}
+
+    def begin(self, key: str, collective: network.Collective, now: float) -> None:
+        """Begins one as soon as the links that it takes are free."""
+        start = max((self._free.get(link, 0.0) for link in collective.links), default=0.0)
+        end = max(now, start) + collective.seconds
+        self._free.update(dict.fromkeys(collective.links, end))
+        self.ends[key] = end
 
 
 class Replay:
@@ -63,12 +82,21 @@ class Replay:
     takes the compiler's estimate, and one in a loop as long as in the first turn. Copies that are
     started early share HBM among themselves, in turn, and are waited for where the schedule says so. A
     loop costs its turns times its body. What was moved cannot be moved faster than HBM allows, so that
-    is the least that the program takes.
+    is the least that the program takes. Collectives take the time of `network`; those that are started
+    early wait for others on the same links.
     """
 
-    def __init__(self, module: hlo.Module, dump: pathlib.Path, chip: chips.Chip):
+    def __init__(
+        self,
+        module: hlo.Module,
+        dump: pathlib.Path,
+        chip: chips.Chip,
+        links: network.Network | None = None,
+    ):
+        """Takes a module, what the compiler wrote of it, and what connects its devices, if anything."""
         self._module = module
         self._chip = chip
+        self._links = links
         self._bandwidth = chip.hbm_bandwidth * machine.HBM_EFFICIENCY
         self._files = {
             match[1]: path for path in dump.iterdir() if (match := _FILE.fullmatch(path.name))
@@ -76,7 +104,13 @@ class Replay:
         self._originals = _read_originals(dump)
         self._known: dict[str, kernel_cost.KernelCost] = {}
         self._executions: dict[str, int] = {}
+        self._collectives: dict[tuple[str, tuple[str, ...]], kernel_cost.CollectiveCost] = {}
         self.not_modelled: set[str] = set()
+
+    @property
+    def communication(self) -> tuple[kernel_cost.CollectiveCost, ...]:
+        """What was found of each kind over each axes of the mesh, the longest first."""
+        return tuple(sorted(self._collectives.values(), key=lambda cost: -cost.seconds))
 
     def run(self) -> tuple[_Totals, tuple[kernel_cost.KernelCost, ...]]:
         """Returns the totals, and the operations with the costliest first."""
@@ -94,13 +128,17 @@ class Replay:
         """Returns the totals of one turn of a computation, which is executed `times` times."""
         totals = _Totals()
         arrivals: dict[str, float] = {}
+        flights = _Flights()
         hbm_free = 0.0
         for operation in self._module.computations[computation]:
             opcode = operation.opcode
             if opcode in _FREE:
                 continue
-            if opcode.startswith(_COLLECTIVES):
-                self.not_modelled.add(opcode.removesuffix("-done").removesuffix("-start"))
+            part = collectives.part_of(self._module, operation)
+            if part is not None and (part.phase != "done" or part.key in flights.ends):
+                self._communicate(part, totals, flights, times)
+            elif opcode.startswith(_HOST_TRANSFERS):
+                self.not_modelled.add(opcode.removesuffix("-done"))
             elif opcode == "while":
                 turns, inside = loops.first_turn(self._module, scope, operation)
                 if turns is None:
@@ -120,13 +158,40 @@ class Replay:
                 begun = max(totals.seconds, hbm_free)
                 hbm_free = begun + (read + written) / self._bandwidth
                 arrivals[operation.name] = hbm_free + machine.HBM_LATENCY
-                totals.add(_Totals(0.0, 0.0, read, written), 1)
+                totals.add(_Totals(bytes_read=read, bytes_written=written), 1)
             elif opcode.endswith("-done"):
                 arrived = max((arrivals.pop(name, 0.0) for name in operation.operands), default=0.0)
                 totals.seconds = max(totals.seconds, arrived)
             else:
                 totals.add(self._operation(computation, scope, operation, times), 1)
         return totals
+
+    def _communicate(
+        self, part: collectives.Part, totals: _Totals, flights: "_Flights", times: int
+    ) -> None:
+        """Begins a collective, or waits for one, or both."""
+        if part.phase != "done":
+            if self._links is None:
+                self.not_modelled.add(part.kind)
+                return
+            found = self._links.collective(part)
+            flights.begin(part.key, found, totals.seconds)
+            self._count(found, times)
+        if part.phase != "start":
+            waited = max(0.0, flights.ends.pop(part.key) - totals.seconds)
+            totals.seconds += waited
+            totals.exposed_seconds += waited
+
+    def _count(self, found: network.Collective, times: int) -> None:
+        key = found.kind, found.axes
+        none = kernel_cost.CollectiveCost(*key, 0, 0, 0.0)
+        known = self._collectives.get(key, none)
+        self._collectives[key] = dataclasses.replace(
+            known,
+            num_executions=known.num_executions + times,
+            num_bytes=known.num_bytes + times * found.num_bytes,
+            seconds=known.seconds + times * found.seconds,
+        )
 
     def _costliest_branch(
         self, operation: hlo.Operation, scope: loops.Scope, times: int
@@ -157,7 +222,8 @@ class Replay:
         self._executions[name] = self._executions.get(name, 0) + times
         cost = self._known[name]
         mxu_seconds = cost.mxu * cost.seconds
-        return _Totals(cost.seconds, mxu_seconds, cost.hbm_bytes_read, cost.hbm_bytes_written)
+        moved = cost.hbm_bytes_read, cost.hbm_bytes_written
+        return _Totals(cost.seconds, 0.0, mxu_seconds, *moved)
 
     def _bundles_of(self, operation: hlo.Operation) -> pathlib.Path | None:
         """Returns the program of an operation; like operations share one."""

@@ -1,7 +1,9 @@
-"""The training step of a config, lowered for a slice or for a mesh that exists nowhere."""
+"""The programs of a config, lowered for a slice: its training step, and generation."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +16,19 @@ from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax import train_step as train_step_lib
 from llm_jax.data import batch as batch_lib
+from llm_jax.models import build
+from llm_jax.sampling import decode as decode_lib
+from llm_jax.sampling import samplers
+
+
+def for_tpu(config: config_lib.RunConfig) -> config_lib.RunConfig:
+    """Returns the config with what is left to the platform decided as on a TPU."""
+    model = config.model
+    if model.dtype == "auto":
+        model = dataclasses.replace(model, dtype="bfloat16")
+    if model.scan_layers is None:
+        model = dataclasses.replace(model, scan_layers=True)
+    return dataclasses.replace(config, model=model)
 
 
 def abstract_batch(
@@ -41,16 +56,80 @@ def train_step(devices: Sequence[jax.Device], *, config: Mapping[str, Any]) -> j
     Raises:
       errors.UserError: a config that is wrong, or does not fit the devices.
     """
-    checked = config_lib.from_dict(dict(config))
+    checked = for_tpu(config_lib.from_dict(dict(config)))
     mesh = mesh_lib.make(checked.mesh, devices)
     sharding.check(checked, mesh)
+    with jax.set_mesh(mesh):
+        state = _on_mesh(abstract_state(checked), mesh)
+        batch = abstract_batch(checked, mesh)
+        return train_step_lib.make_train_step(checked).lower(state, batch)
+
+
+def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Gives the leaves of an abstract tree, which know axes' names alone, places on a mesh."""
 
     def placed(leaf):
         # Scalars are made without a place: they are everywhere.
         spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
+    return jax.tree.map(placed, tree)
+
+
+def _generation(
+    devices: Sequence[jax.Device],
+    config: Mapping[str, Any],
+    num_rows: int,
+    length: int,
+    num_slots: int,
+    tensor: int,
+) -> tuple[jax.sharding.Mesh, tuple, dict[str, Any]]:
+    """Returns a mesh as `sampling.load` makes it, and what prefill is called with on it."""
+    model = for_tpu(config_lib.from_dict(dict(config))).model
+    mesh_config = config_lib.MeshConfig(tensor=tensor, rules="tp")
+    mesh = mesh_lib.make(mesh_config, devices)
+    sharding.check_model(model, mesh_config, mesh)
+    rules = sharding.axis_rules(mesh_config)
     with jax.set_mesh(mesh):
-        state = jax.tree.map(placed, abstract_state(checked))
-        batch = abstract_batch(checked, mesh)
-        return train_step_lib.make_train_step(checked).lower(state, batch)
+        cached = jax.eval_shape(decode_lib.prepare_model, build.abstract_model(model, rules))
+    of_rows = NamedSharding(mesh, rules.act("B"))
+    key = jax.eval_shape(jax.random.key, 0).dtype
+    arrays = (
+        _on_mesh(cached, mesh),
+        jax.ShapeDtypeStruct(
+            (num_rows, length), jnp.int32, sharding=NamedSharding(mesh, rules.act("BT"))
+        ),
+        jax.ShapeDtypeStruct((num_rows,), jnp.int32, sharding=of_rows),
+        jax.ShapeDtypeStruct((num_rows,), key, sharding=of_rows),
+    )
+    how = {
+        "params": samplers.SamplingParams(),
+        "eos_id": 0,
+        "pad_id": 0,
+        "num_slots": num_slots,
+    }
+    return mesh, arrays, how
+
+
+def prefill(devices: Sequence[jax.Device], **sizes: Any) -> jax.stages.Lowered:
+    """Lowers reading prompts, as generation does it.
+
+    Args:
+      sizes: config (as for `train_step`), num_rows, length (tokens of a prompt), num_slots (of the
+        cache) and tensor (devices that share one copy of the weights).
+
+    Raises:
+      errors.UserError: a model that `tensor` does not divide.
+    """
+    mesh, arrays, how = _generation(devices, **sizes)
+    with jax.set_mesh(mesh):
+        return decode_lib.prefill.lower(*arrays, **how)
+
+
+def decode(devices: Sequence[jax.Device], **sizes: Any) -> jax.stages.Lowered:
+    """Lowers one token of generation after a prompt; arguments as of `prefill`."""
+    mesh, (model, *prompts), how = _generation(devices, **sizes)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(functools.partial(decode_lib.prefill, **how), model, *prompts)
+        del how["num_slots"]
+        return decode_lib.decode.lower(model, _on_mesh(state, mesh), num_tokens=1, **how)

@@ -5,8 +5,10 @@ ordinary wheel. It wants to hear of a TPU VM; the variables below answer for one
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import re
 
@@ -29,8 +31,39 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 
-_EXAMPLES = "v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1"
-_SLICE_NAME = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){1,2})")
+_EXAMPLES = "v5e:1x1, v5e:4x4, v6e:2x2, v5p:2x2x1, tpu7x:2x2x1, or 2*v5e:16x16 for two slices"
+_SLICE_NAME = re.compile(r"(?:([1-9]\d*)\*)?([a-z0-9]+):(\d+(?:x\d+){1,2})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A slice, or several alike, which the hosts' network connects.
+
+    Attributes:
+      sides: chips along each side of one slice.
+    """
+
+    chip: chips.Chip
+    sides: tuple[int, ...]
+    num_slices: int = 1
+
+    @property
+    def num_chips(self) -> int:
+        """Of all slices."""
+        return self.num_slices * math.prod(self.sides)
+
+
+def parse(slice_name: str) -> Slice:
+    """Returns what a name means: "v5e:4x4", "v5p:2x2x1", "2*v5e:16x16".
+
+    Raises:
+      errors.UserError: a malformed name, or one of an unknown chip.
+    """
+    match = _SLICE_NAME.fullmatch(slice_name)
+    if match is None:
+        raise errors.UserError(f"'{slice_name}' is not the name of a slice; such are {_EXAMPLES}")
+    sides = tuple(int(side) for side in match[3].split("x"))
+    return Slice(chips.by_name(match[2]), sides, int(match[1] or 1))
 
 
 def is_available() -> bool:
@@ -48,10 +81,7 @@ def require_libtpu() -> None:
 
 def chip_of(slice_name: str) -> chips.Chip:
     """Returns the chip that a slice is made of; raises `errors.UserError` for a malformed name."""
-    match = _SLICE_NAME.fullmatch(slice_name)
-    if match is None:
-        raise errors.UserError(f"'{slice_name}' is not the name of a slice; such are {_EXAMPLES}")
-    return chips.by_name(match[1])
+    return parse(slice_name).chip
 
 
 @functools.cache
@@ -59,23 +89,27 @@ def devices(slice_name: str) -> Sequence[jax.Device]:
     """Returns the devices of a slice, for shardings and meshes of a program to compile.
 
     Args:
-      slice_name: chip and chips along each side: "v5e:4x4", "v5p:2x2x1", or a single one, "v6e:1x1".
+      slice_name: chip and chips along each side: "v5e:4x4", "v5p:2x2x1", a single one, "v6e:1x1", or
+        several slices, "2*v5e:16x16".
 
     Raises:
       errors.UserError: libtpu is not installed, or it knows no such slice.
     """
-    chip = chip_of(slice_name)
+    wanted = parse(slice_name)
+    chip = wanted.chip
     require_libtpu()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options = {}
     if chip.num_cores > 1 and chip.name == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as users of v4 have it
-    if set(slice_name.partition(":")[2].split("x")) == {"1"}:
+    if set(wanted.sides) == {1}:
         options["chips_per_host_bounds"] = [1, 1, 1]
+    if wanted.num_slices > 1:
+        options["num_slices"] = wanted.num_slices
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=slice_name, **options
+            platform="tpu", topology_name=slice_name.rpartition("*")[2], **options
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]

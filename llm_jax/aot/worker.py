@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 import traceback
 
 import jax
@@ -20,6 +21,7 @@ import jax
 from llm_jax import errors
 from llm_jax.aot import hlo
 from llm_jax.aot import kernel_cost
+from llm_jax.aot import network
 from llm_jax.aot import schedule
 from llm_jax.aot import topology
 
@@ -53,11 +55,12 @@ def answer(case: kernel_cost.Case, dump: pathlib.Path, cache: pathlib.Path | Non
         return json.loads(kept.read_text())
     shutil.rmtree(dump, ignore_errors=True)
     dump.mkdir(parents=True)
+    started = time.monotonic()
     try:
         compiled = lowered.compile(compiler_options=dict(case.compiler_options) or None)
     except Exception as error:  # the compiler's errors have no common type
         return _refusal("compilation", error)
-    fields = _cost(case, compiled, dump)
+    fields = {"compile_seconds": time.monotonic() - started} | _cost(case, compiled, dump)
     if kept:
         cache.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
@@ -98,21 +101,44 @@ def _cost(case: kernel_cost.Case, compiled: jax.stages.Compiled, dump: pathlib.P
     literals = "".join(path.read_text() for path in dump.glob("*-TLP-hlo.txt"))
     module = hlo.Module(compiled.as_text(), literals)
     chip = topology.chip_of(case.slice_name)
-    replay = schedule.Replay(module, dump, chip)
+    mesh = _mesh(compiled)
+    replay = schedule.Replay(module, dump, chip, mesh and network.Network(mesh, chip))
     totals, operations = replay.run()
-    memory = compiled.memory_analysis()
     return {
         "seconds": totals.seconds,
+        "exposed_seconds": totals.exposed_seconds,
         "hbm_bytes_read": totals.bytes_read,
         "hbm_bytes_written": totals.bytes_written,
-        "hbm_peak_bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        "memory": dataclasses.asdict(memory_of(compiled)),
         "mxu": totals.mxu_seconds / totals.seconds if totals.seconds else 0.0,
         "operations": [dataclasses.asdict(operation) for operation in operations],
+        "collectives": [dataclasses.asdict(cost) for cost in replay.communication],
         "not_modelled": sorted(replay.not_modelled),
     }
+
+
+def _mesh(compiled: jax.stages.Compiled) -> jax.sharding.Mesh | None:
+    """Returns the mesh that a program's arguments lie on, or None of a program for one device."""
+    for placed in jax.tree.leaves(compiled.input_shardings):
+        if isinstance(placed, jax.sharding.NamedSharding) and placed.mesh.size > 1:
+            return placed.mesh
+    return None
+
+
+def memory_of(compiled: jax.stages.Compiled) -> kernel_cost.Memory:
+    """Returns what a compiled program takes on one device."""
+    stats = compiled.memory_analysis()
+    return kernel_cost.Memory(
+        arguments=stats.argument_size_in_bytes,
+        results=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        host=stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes,
+    )
 
 
 def main(directory: pathlib.Path) -> None:

@@ -5,8 +5,10 @@ import pytest
 from llm_jax.aot import chips
 from llm_jax.aot import hlo
 from llm_jax.aot import machine
+from llm_jax.aot import network
 from llm_jax.aot import schedule
 from tests.aot import assembly
+from tests.aot import grids
 
 V5E = chips.by_name("v5e")
 BANDWIDTH = V5E.hbm_bandwidth * machine.HBM_EFFICIENCY
@@ -30,10 +32,10 @@ def replay(tmp_path_factory):
         "key:long\nordinal:0\nequivalent_hlos[size=2]:\n  long\n  long.twin\n"
     )
 
-    def run(lines, others=""):
+    def run(lines, others="", links=None):
         head = f"ENTRY %main (x: f32[256,128], n: s32[]) -> f32[256,128] {{\n  %x = {_ARRAY} parameter(0)\n"
         text = others + head + "  %n = s32[]{:T(128)} parameter(1)\n" + "\n".join(lines) + "\n}\n"
-        replayed = schedule.Replay(hlo.Module(text), dump, V5E)
+        replayed = schedule.Replay(hlo.Module(text), dump, V5E, links)
         totals, operations = replayed.run()
         return totals, {o.name: o for o in operations}, replayed.not_modelled
 
@@ -91,10 +93,45 @@ def test_of_a_conditional_the_costliest_branch_counts_and_that_is_said(replay):
     assert any("choice" in what for what in not_modelled)
 
 
-def test_collectives_are_named_and_cost_nothing(replay):
-    gather = f"  %gather = {_ARRAY} all-gather(%x), replica_groups={{{{0,1}}}}, dimensions={{0}}"
-    totals, _, not_modelled = replay([gather])
+_GATHER = f"  %gather = {_ARRAY} all-gather(%x), replica_groups={{{{0,1}}}}, dimensions={{0}}"
+_BEGIN = f"  %begin = ({_ARRAY}, {_ARRAY}) all-gather-start(%x), replica_groups={{{{0,1}}}}"
+_END = f"  %end = {_ARRAY} all-gather-done(%begin)"
+
+
+def test_without_a_mesh_collectives_are_named_and_cost_nothing(replay):
+    totals, _, not_modelled = replay([_GATHER])
     assert (totals.seconds, not_modelled) == (0, {"all-gather"})
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """What connects two chips."""
+    return network.Network(grids.mesh((2, 1, 1), {"data": 2}), V5E)
+
+
+def test_a_collective_is_waited_for_and_that_is_told(replay, pair):
+    totals, _, not_modelled = replay([_operation("short"), _GATHER], links=pair)
+    alone = totals.seconds - 30 / V5E.clock_hz
+    assert totals.exposed_seconds == pytest.approx(alone)
+    assert alone > 1e-6
+    assert not not_modelled
+
+
+@pytest.mark.parametrize("name", _LENGTHS)
+def test_a_collective_goes_on_behind_operations(replay, pair, name):
+    blocking, _, _ = replay([_GATHER], links=pair)
+    totals, _, _ = replay([_BEGIN, _operation(name), _END], links=pair)
+    gather, length = blocking.seconds * V5E.clock_hz, _LENGTHS[name]
+    assert totals.seconds * V5E.clock_hz == pytest.approx(max(gather, length))
+    assert totals.exposed_seconds * V5E.clock_hz == pytest.approx(max(0, gather - length))
+    assert 30 < gather
+
+
+def test_collectives_on_the_same_links_wait_for_each_other(replay, pair):
+    one, _, _ = replay([_BEGIN, _END], links=pair)
+    again = [line.replace("begin", "begin2").replace("%end", "%end2") for line in (_BEGIN, _END)]
+    two, _, _ = replay([_BEGIN, again[0], _END, again[1]], links=pair)
+    assert two.seconds == pytest.approx(2 * one.seconds)
 
 
 def test_without_bundles_an_operation_takes_the_compilers_estimate(replay):

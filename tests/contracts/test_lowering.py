@@ -1,12 +1,9 @@
 """Every shipped config lowers one train step for the slice that it names, without any device."""
 
 import importlib
-import math
 import pathlib
 
 import jax
-from jax.sharding import AbstractMesh
-from jax.sharding import AxisType
 import pytest
 
 from llm_jax import config as config_lib
@@ -14,18 +11,13 @@ from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax import train_step
 from llm_jax.aot import steps
+from llm_jax.aot import topology
 
 NAMES = sorted(
     path.stem
     for path in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py")
     if path.stem != "__init__"
 )
-
-
-def _num_chips(slice_name: str) -> int:
-    if slice_name == "cpu":
-        return 1
-    return math.prod(int(side) for side in slice_name.partition(":")[2].split("x"))
 
 
 def _spec(leaf):
@@ -36,8 +28,8 @@ def _spec(leaf):
 def test_config_lowers_for_its_slice(name):
     module = importlib.import_module(f"configs.{name}")
     config = config_lib.from_config_dict(module.get_config(""))
-    shape = mesh_lib.resolve_shape(config.mesh, _num_chips(config.slice))
-    mesh = AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Explicit,) * len(shape))
+    num_chips = 1 if config.slice == "cpu" else topology.parse(config.slice).num_chips
+    mesh = mesh_lib.make_abstract(config.mesh, num_chips)
     sharding.check(config, mesh)
     batch = steps.abstract_batch(config, mesh)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -1,17 +1,17 @@
 """The report's tables of decoding, losses and whole training steps."""
 
 import dataclasses
-import math
 import pathlib
 import runpy
 
 import numpy as np
 
 from llm_jax import config as config_lib
+from llm_jax import mesh as mesh_lib
 from llm_jax.aot import kernel_cost
 from llm_jax.aot import steps
 from llm_jax.aot import topology
-from llm_jax.kernels.costing import attention_tables
+from llm_jax.kernels.costing import of_configs
 from llm_jax.kernels.costing import peers
 from llm_jax.kernels.costing import programs
 from llm_jax.kernels.costing import shapes
@@ -140,7 +140,7 @@ def step_rows(cache: str | None, processes: int) -> list[str]:
         for name, config in configs.items()
         for attention in _ATTENTIONS
     }
-    cases |= {(name, "alone"): _attention_of(config) for name, config in configs.items()}
+    cases |= {(name, "alone"): _attention(config) for name, config in configs.items()}
     costs = kernel_cost.costs(
         list(cases.values()),
         cache_directory=cache,
@@ -155,15 +155,16 @@ def step_rows(cache: str | None, processes: int) -> list[str]:
     for name in _STEPS:
         plain, step, alone = (found[name, which] for which in (*_ATTENTIONS, "alone"))
         tables.require_exact(alone)
-        in_kernels, guessed = _kernel_seconds(step, alone)
-        seconds = step.seconds - guessed + in_kernels
+        in_kernels, guessed = of_configs.kernel_seconds(step, alone)
+        seconds = step.seconds - step.exposed_seconds - guessed + in_kernels
+        without = plain.seconds - plain.exposed_seconds
         rows.append(
             (
                 f"`{name}`",
                 step.case.slice_name,
-                f"{plain.seconds * 1e3:,.0f}",
+                f"{without * 1e3:,.0f}",
                 f"{seconds * 1e3:,.0f}",
-                f"{seconds / plain.seconds:.2f}",
+                f"{seconds / without:.2f}",
                 f"{in_kernels / seconds:.0%}",
                 f"{plain.hbm_peak_bytes / 2**30:.2f}",
                 f"{step.hbm_peak_bytes / 2**30:.2f}",
@@ -172,7 +173,7 @@ def step_rows(cache: str | None, processes: int) -> list[str]:
     header = ("config", "slice", "chunked: ms", "kernels: ms", "ratio", "in kernels")
     return [
         "One update of a whole batch, each config as it is shipped, on each chip of its slice; the"
-        " collectives are left out of both times. `chunked` is attention in plain XLA,"
+        " time spent waiting for collectives is left out of both. `chunked` is attention in plain XLA,"
         " `model.attention=chunked`; the kernels are what a TPU takes unasked. Where documents begin is"
         " data, so the time of the kernels is taken from a program of theirs alone in which each row is"
         " one document, the most that they can have to do.",
@@ -192,33 +193,6 @@ def _step(config: config_lib.RunConfig, attention: str) -> kernel_cost.Case:
     return kernel_cost.Case(f"{steps.__name__}:train_step", config.slice, arguments)
 
 
-def _attention_of(config: config_lib.RunConfig) -> kernel_cost.Case:
-    """Returns the attention of one layer on one device, the batch cut over all of them."""
-    chip, _, sides = config.slice.partition(":")
-    num_devices = math.prod(map(int, sides.split("x")))
-    model, length = config.model, config.data.sequence_length
-    shape = shapes.Attention(
-        config.data.batch_size // config.optim.accumulation_steps // num_devices,
-        length,
-        heads=model.num_heads,
-        key_heads=model.num_kv_heads,
-        width=model.head_width,
-        mask=f"packed {length}",
-        has_gradient=True,
-    )
-    return attention_tables.ours(shape, f"{chip}:1x1")
-
-
-def _kernel_seconds(
-    step: kernel_cost.ProgramCost, alone: kernel_cost.ProgramCost
-) -> tuple[float, float]:
-    """Returns the time of a step's kernels, by those of `alone`, and what the step guesses for it."""
-    exact = guessed = 0.0
-    for which in ("forward", "backward"):
-        name = f"flash_attention_{which}"
-        (seconds,) = (one.seconds for one in alone.kernels if name in one.name)
-        for one in step.kernels:
-            if name in one.name:
-                exact += seconds * one.num_executions
-                guessed += one.seconds * one.num_executions
-    return exact, guessed
+def _attention(config: config_lib.RunConfig) -> kernel_cost.Case:
+    mesh = mesh_lib.make_abstract(config.mesh, topology.parse(config.slice).num_chips)
+    return of_configs.attention(config, config.slice, dict(mesh.shape))

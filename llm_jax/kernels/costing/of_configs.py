@@ -1,0 +1,94 @@
+"""The kernels inside a config's programs, by programs of their own.
+
+Where documents begin, and how much of a cache is filled, is data: inside a whole program the model can
+only guess what a kernel visits. Alone, with tables that are constants, its time is exact.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+
+from llm_jax import config as config_lib
+from llm_jax.aot import kernel_cost
+from llm_jax.aot import topology
+from llm_jax.kernels.costing import programs
+from llm_jax.kernels.costing import shapes
+
+
+def attention(
+    config: config_lib.RunConfig, slice_name: str, axes: Mapping[str, int]
+) -> kernel_cost.Case:
+    """Returns the attention of one layer of a training step on one device, each row one document.
+
+    That is the most that the kernels can have to do. A sequence that is cut counts as one share of the
+    heads: the work is that of the whole, evenly spread.
+
+    Args:
+      axes: sizes of the mesh's axes.
+    """
+    model, length = config.model, config.data.sequence_length
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    rows = max(1, rows // axes["replica"] // axes["data"])
+    heads, key_heads = _own_heads(model, axes["tensor"])
+    shape = shapes.Attention(
+        rows,
+        length,
+        heads=heads,
+        key_heads=key_heads,
+        width=model.head_width,
+        mask=f"window {model.window}" if model.window else f"packed {length}",
+        softcap=model.attention_softcap,
+        has_gradient=True,
+    )
+    return _alone("attention", shape, slice_name)
+
+
+def decode(
+    config: config_lib.RunConfig, slice_name: str, num_rows: int, num_slots: int, tensor: int
+) -> kernel_cost.Case:
+    """Returns the attention of one layer to a full contiguous cache, one query a row, on one device."""
+    heads, key_heads = _own_heads(config.model, tensor)
+    shape = shapes.Decode(
+        (num_slots,) * num_rows,
+        key_heads=key_heads,
+        group=heads // key_heads,
+        width=config.model.head_width,
+        page=None,
+        window=config.model.window,
+    )
+    return _alone("decode", shape, slice_name)
+
+
+def _alone(name: str, shape, slice_name: str) -> kernel_cost.Case:
+    wanted = topology.parse(slice_name)
+    single = f"{wanted.chip.name}:{'x'.join('1' for _ in wanted.sides)}"
+    arguments = {"shape": dataclasses.asdict(shape)}
+    return kernel_cost.Case(programs.target(name), single, arguments)
+
+
+def _own_heads(model: config_lib.ModelConfig, tensor: int) -> tuple[int, int]:
+    """Returns how many query and key heads one device has: groups are cut where key heads are too few."""
+    key_heads = model.kv_heads // math.gcd(model.kv_heads, tensor)
+    return model.num_heads // tensor, key_heads
+
+
+def kernel_seconds(
+    program: kernel_cost.ProgramCost, alone: kernel_cost.ProgramCost
+) -> tuple[float, float]:
+    """Returns the time of a program's kernels by that of `alone`, and what the program guesses for it.
+
+    A kernel of `program` is as long as that of the same name in `alone`.
+    """
+    exact = guessed = 0.0
+    for lone in alone.kernels:
+        kind = _kind(lone.name)
+        for one in program.kernels:
+            if _kind(one.name) == kind:
+                exact += lone.seconds * one.num_executions
+                guessed += one.seconds * one.num_executions
+    return exact, guessed
+
+
+def _kind(name: str) -> str:
+    kinds = ("flash_attention_forward", "flash_attention_backward", "decode_attention")
+    return next((kind for kind in kinds if kind in name), name)

@@ -1,0 +1,177 @@
+"""Memory and time of a training step by arithmetic, without compiling: good for choosing what to compile.
+
+Memory is within a third of the compiler's (`tests/plan/test_estimate.py` holds it to that on the programs
+of `tests/contracts/budgets.json`); time is for ordering candidates alone.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AbstractMesh
+
+from llm_jax import config as config_lib
+from llm_jax import flops
+from llm_jax import mesh as mesh_lib
+from llm_jax import sharding
+from llm_jax.aot import steps
+from llm_jax.aot import topology
+
+_COMPUTE_BYTES = 2  # of an activation or a gathered weight
+# Logits of a device that are computed whole, and tokens of a chunk otherwise (cross_entropy.op).
+_LARGEST_LOGITS = 1 << 31
+# What the compiler holds beside what the maths needs: copies in other layouts, buffers of collectives.
+_OVERHEAD = 1.25
+
+# Of the peak that products reach, and of the links' bandwidth that collectives do.
+_PRODUCT_EFFICIENCY = 0.7
+_LINK_EFFICIENCY = 0.6
+# A weight is gathered for the forward pass and again for the backward pass, and its gradient scattered.
+_WEIGHT_TRIPS = 3
+# Activations are summed over the tensor axis after attention and the feed-forward part, in both passes.
+_TENSOR_SUMS = 4
+# Forward passes that are repeated, of three units of work.
+_RECOMPUTED = {"none": 0.0, "dots": 0.05, "attention_output": 0.9, "full": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes on one chip, and seconds, of a training step.
+
+    Attributes:
+      parameters, optimiser: as they lie between steps.
+      gradients: float32, and the sum of microbatches where there are several.
+      saved: what the forward pass keeps for the backward pass.
+      layer: what one layer needs while it runs, gathered weights among it.
+      loss: logits, and the gathered head with its gradient.
+      seconds: for ordering alone.
+    """
+
+    parameters: int
+    optimiser: int
+    gradients: int
+    saved: int
+    layer: int
+    loss: int
+    seconds: float
+
+    @property
+    def temporaries(self) -> int:
+        """What is allocated while a step runs."""
+        return int(_OVERHEAD * (self.gradients + self.saved + self.layer + self.loss))
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimiser + self.temporaries
+
+
+def bytes_per_device(tree, mesh: AbstractMesh | jax.sharding.Mesh) -> int:
+    """Returns what the arrays of an abstract tree take on one device."""
+    return sum(_leaf_bytes(leaf, mesh) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(leaf, mesh) -> int:
+    spec = () if leaf.sharding is None else leaf.sharding.spec
+    ways = math.prod(sharding.axis_size(mesh, axes) for axes in spec)
+    return leaf.size * leaf.dtype.itemsize // ways
+
+
+def estimate(config: config_lib.RunConfig, slice_name: str) -> Estimate:
+    """Returns the estimate of a config on a slice.
+
+    Raises:
+      errors.UserError: the config does not fit the slice's number of chips.
+    """
+    mesh = mesh_lib.make_abstract(config.mesh, topology.parse(slice_name).num_chips)
+    sharding.check(config, mesh)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = steps.abstract_state(config)
+    parameters = bytes_per_device(state.model, mesh)
+    sizes = _Sizes(config, mesh)
+    num_parameters = flops.num_params(state.model)
+    copies = 2 if config.optim.accumulation_steps > 1 else 1
+    itemsize = 4 if config.model.param_dtype == "float32" else 2
+    return Estimate(
+        parameters=parameters,
+        optimiser=bytes_per_device(state.opt_state, mesh),
+        gradients=copies * parameters * 4 // itemsize,
+        saved=sizes.tokens * config.model.num_layers * sizes.saved_bytes(),
+        layer=sizes.layer_bytes(),
+        loss=sizes.loss_bytes(),
+        seconds=_seconds(config, mesh, topology.parse(slice_name).chip, num_parameters),
+    )
+
+
+class _Sizes:
+    """Sizes of a microbatch on one device."""
+
+    def __init__(self, config: config_lib.RunConfig, mesh: AbstractMesh):
+        self._config, self._model = config, config.model
+        self._tensor = mesh.shape["tensor"]
+        ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["seq"]
+        tokens = config.data.batch_size * config.data.sequence_length
+        self.tokens = tokens // config.optim.accumulation_steps // ways
+
+    def saved_bytes(self) -> int:
+        """Bytes of a token that a layer keeps for the backward pass."""
+        m, tensor = self._model, self._tensor
+        attended = m.num_heads * m.head_width // tensor
+        keys = 2 * m.kv_heads * m.head_width // tensor
+        products = attended + keys + (2 if m.is_gated else 1) * m.mlp_width // tensor
+        widths = {
+            "full": m.embed_dim,
+            "attention_output": m.embed_dim + attended,
+            "dots": 3 * m.embed_dim + products,
+            "none": 5 * m.embed_dim + attended + products + 2 * m.mlp_width // tensor,
+        }
+        width = widths.get(m.remat, m.embed_dim)  # what is kept on the host is not kept here
+        return _COMPUTE_BYTES * width
+
+    def layer_bytes(self) -> int:
+        """Bytes of a layer's weights, gathered, and of its activations where they are recomputed."""
+        m = self._model
+        layer = (flops.matmul_params(m) - m.embed_dim * m.vocab_size) // m.num_layers
+        weights = 2 * _COMPUTE_BYTES * layer // self._tensor
+        if m.remat == "none":
+            return weights
+        width = 8 * m.embed_dim + 4 * m.mlp_width // self._tensor
+        return weights + _COMPUTE_BYTES * self.tokens * width
+
+    def loss_bytes(self) -> int:
+        """Bytes of logits with their gradient, and of the head."""
+        m, train = self._model, self._config.train
+        ids = m.vocab_size // self._tensor
+        tokens = self.tokens
+        is_chunked = train.cross_entropy in ("chunked", "pallas")
+        is_large = train.cross_entropy == "auto" and 4 * tokens * ids > _LARGEST_LOGITS
+        if is_chunked or is_large:
+            tokens = min(tokens, train.cross_entropy_chunk)
+        return 2 * 4 * tokens * ids + (2 * _COMPUTE_BYTES + 4) * m.embed_dim * ids
+
+
+def _seconds(config, mesh, chip, num_parameters: int) -> float:
+    model, data = config.model, config.data
+    tokens = data.batch_size * data.sequence_length
+    work = flops.train_flops_per_token(model, data.sequence_length) * tokens
+    work *= 1 + _RECOMPUTED.get(model.remat, 1.0) / 3
+    computing = work / math.prod(mesh.axis_sizes) / (chip.peak_bf16_flops * _PRODUCT_EFFICIENCY)
+    bandwidth = 4 * chip.ici_bandwidth * _LINK_EFFICIENCY
+    gathered = 0.0
+    if mesh.shape["data"] > 1 and config.mesh.rules.startswith("fsdp"):
+        weights = _COMPUTE_BYTES * num_parameters / mesh.shape["tensor"]
+        gathered = _WEIGHT_TRIPS * weights * config.optim.accumulation_steps / bandwidth
+    summed = 0.0
+    own_tokens = tokens / (mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["seq"])
+    if mesh.shape["tensor"] > 1:
+        summed = 2 * _TENSOR_SUMS * model.num_layers * own_tokens * model.embed_dim
+        summed *= _COMPUTE_BYTES / (bandwidth / 2)
+    if mesh.shape["seq"] > 1:
+        keys = 2 * model.kv_heads * model.head_width * own_tokens * mesh.shape["seq"]
+        summed += 4 * keys * model.num_layers * _COMPUTE_BYTES / (bandwidth / 2)
+    between = 0.0
+    if mesh.shape["replica"] > 1:
+        own = 4 * num_parameters / mesh.shape["data"] / mesh.shape["tensor"]
+        between = 2 * own / chip.dcn_bandwidth
+    # Weights travel while others are multiplied; sums of activations are waited for.
+    return max(computing, gathered) + summed + between

@@ -1,0 +1,86 @@
+"""Which operations of a schedule begin, carry on and await collectives."""
+
+import pytest
+
+from llm_jax.aot import collectives
+from llm_jax.aot import hlo
+
+_BF16 = "{1,0:T(8,128)(2,1)}"
+_GROUPS = "replica_groups=[1,4]<=[4], dimensions={0}"
+_MODULE = f"""
+%fused_gather (p: bf16[8,128]) -> bf16[32,128] {{
+  %p = bf16[8,128]{_BF16} parameter(0)
+  ROOT %all-gather.1 = bf16[32,128]{_BF16} all-gather(%p), channel_id=7, {_GROUPS}
+}}
+
+%nested (p.1: bf16[8,128]) -> bf16[32,128] {{
+  %p.1 = bf16[8,128]{_BF16} parameter(0)
+  ROOT %f = bf16[32,128]{_BF16} fusion(%p.1), kind=kLoop, calls=%fused_gather
+}}
+
+%async_collective_fusion.3 (p.2: bf16[8,128]) -> bf16[32,128] {{
+  %p.2 = bf16[8,128]{_BF16} parameter(0)
+  ROOT %g = bf16[32,128]{_BF16} fusion(%p.2), kind=kLoop, calls=%fused_gather
+}}
+
+%summed (p.3: f32[32,128]) -> f32[8,128] {{
+  %p.3 = f32[32,128]{{1,0:T(8,128)}} parameter(0)
+  %all = f32[32,128]{{1,0:T(8,128)}} all-reduce(%p.3), channel_id=9, replica_groups=[1,4]<=[4]
+  ROOT %part = f32[8,128]{{1,0:T(8,128)}} slice(%all), slice={{[0:8], [0:128]}}
+}}
+
+ENTRY %main (x: bf16[8,128], y: f32[32,128]) -> bf16[32,128] {{
+  %x = bf16[8,128]{_BF16} parameter(0)
+  %y = f32[32,128]{{1,0:T(8,128)}} parameter(1)
+  %whole = bf16[32,128]{_BF16} all-gather(%x), channel_id=1, {_GROUPS}
+  %start = (bf16[8,128]{_BF16}, bf16[32,128]{_BF16}) all-gather-start(%x), channel_id=2, {_GROUPS}
+  %done = bf16[32,128]{_BF16} all-gather-done(%start)
+  %sum = (f32[32,128]{{1,0:T(8,128)}}, f32[]{{:T(128)}}) all-reduce(%y, %y), replica_groups=[1,4]<=[4]
+  %send = (bf16[8,128]{_BF16}, bf16[8,128]{_BF16}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) collective-permute-start(%x), source_target_pairs={{{{0,1}},{{1,0}}}}
+  %async-collective-start.5 = (bf16[8,128]{_BF16}, bf16[32,128]{_BF16}) fusion(%x), kind=kCustom, calls=%nested
+  %product = bf16[32,128]{_BF16} fusion(%x), kind=kOutput, calls=%async_collective_fusion.3
+  %async-collective-done.5 = bf16[32,128]{_BF16} fusion(%product), kind=kCustom, calls=%nested
+  %all-reduce-scatter.2 = f32[8,128]{{1,0:T(8,128)}} fusion(%y), kind=kCustom, calls=%summed
+  %scatter = f32[8,128]{{1,0:T(8,128)}} reduce-scatter(%y), replica_groups=[1,4]<=[4], dimensions={{0}}
+  %plain = bf16[8,128]{_BF16} fusion(%x), kind=kLoop, calls=%nothing
+  ROOT %copy = bf16[32,128]{_BF16} copy(%whole)
+}}
+"""
+_GATHERED = 32 * 128 * 2
+
+
+@pytest.fixture(scope="module")
+def part():
+    module = hlo.Module(_MODULE)
+    return lambda name: collectives.part_of(module, module.by_name["main"][name])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "phase", "num_bytes"),
+    [
+        ("whole", "all-gather", "whole", _GATHERED),
+        ("start", "all-gather", "start", _GATHERED),
+        ("sum", "all-reduce", "whole", 32 * 128 * 4 + 4),
+        ("send", "collective-permute", "start", 8 * 128 * 2),
+        ("async-collective-start.5", "all-gather", "start", _GATHERED),
+        ("all-reduce-scatter.2", "reduce-scatter", "whole", 32 * 128 * 4),
+        ("scatter", "reduce-scatter", "whole", 8 * 128 * 4),
+    ],
+)
+def test_kind_phase_and_size(part, name, kind, phase, num_bytes):
+    found = part(name)
+    assert (found.kind, found.phase, found.num_bytes) == (kind, phase, num_bytes)
+    assert "replica_groups" in found.attributes or "source_target_pairs" in found.attributes
+    assert found.is_scattered_size == (name == "scatter")
+
+
+def test_a_start_and_its_done_have_one_key(part):
+    assert part("done").key == part("start").key
+    start, done = part("async-collective-start.5"), part("async-collective-done.5")
+    assert (start.phase, done.phase) == ("start", "done")
+    assert start.key == done.key
+
+
+@pytest.mark.parametrize("name", ["product", "plain", "copy", "x"])
+def test_others_have_nothing_to_do_with_collectives(part, name):
+    assert part(name) is None
