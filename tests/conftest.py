@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, set before JAX starts."""
 
 import os
+import sys
 
 # Tests compile much and compute little: without LLVM's optimisations they take half the time.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -13,9 +14,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from absl import flags  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from llm_jax import command  # noqa: E402
 from llm_jax import config as config_lib  # noqa: E402
 from llm_jax import mesh as mesh_lib  # noqa: E402
 
@@ -36,3 +39,22 @@ def one_device():
     mesh = mesh_lib.make(config_lib.MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Returns `argv -> RunConfig` in this process; flags are taken away again afterwards."""
+    before = set(flags.FLAGS)
+    command.define_config()
+
+    def run(*argv):
+        # ml_collections looks for overrides in sys.argv.
+        monkeypatch.setattr(sys, "argv", ["command", *argv])
+        command._parse_flags(sys.argv)
+        return command.config_from_flags()
+
+    yield run
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+    command._none_overrides.clear()

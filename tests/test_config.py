@@ -275,25 +275,6 @@ def test_config_cannot_be_changed():
 # --- the command line -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def parse(monkeypatch):
-    """Returns `argv -> RunConfig` in this process; flags are taken away again afterwards."""
-    before = set(flags.FLAGS)
-    command.define_config()
-
-    def run(*argv):
-        # ml_collections looks for overrides in sys.argv.
-        monkeypatch.setattr(sys, "argv", ["command", *argv])
-        command._parse_flags(sys.argv)
-        return command.config_from_flags()
-
-    yield run
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-    flags.FLAGS.unparse_flags()
-    command._none_overrides.clear()
-
-
 TINY = f"--config={ROOT}/configs/tiny.py"
 
 

@@ -37,6 +37,8 @@ class Case:
       compiler_options: XLA's, for this program alone.
       flags: of libtpu, as `xla_flags.for_chip` makes them. It reads them once: programs with others are
         compiled by another process.
+      is_executed: whether operations are timed by executing their bundles. If not, by the compiler's own
+        estimates, which Pallas kernels do not have; memory and collectives are found in half the time.
     """
 
     target: str
@@ -44,6 +46,7 @@ class Case:
     arguments: Mapping[str, object] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ()
+    is_executed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +261,12 @@ def _in_turn(
 
 def _alike(cases: Sequence[Case]) -> list[Case]:
     """Returns the first cases, as long as one process can take them."""
-    return list(itertools.takewhile(lambda case: case.flags == cases[0].flags, cases))
+
+    def settings(case: Case) -> tuple:
+        return case.flags, case.is_executed
+
+    first = settings(cases[0])
+    return list(itertools.takewhile(lambda case: settings(case) == first, cases))
 
 
 def _run_worker(

@@ -88,9 +88,9 @@ def _fingerprint(case: kernel_cost.Case, lowered: jax.stages.Lowered) -> str:
     """Returns what a result depends on, as one name."""
     digest = hashlib.sha256(lowered.as_text().encode())
     options = json.dumps(dict(case.compiler_options), sort_keys=True)
-    flags = os.environ["LIBTPU_INIT_ARGS"].partition("--xla_jf_dump_to")[0]
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").partition("--xla_jf_dump_to")[0]
     version = importlib.metadata.version("libtpu")
-    for part in (case.slice_name, options, flags, version):
+    for part in (case.slice_name, options, flags, version, str(case.is_executed)):
         digest.update(part.encode() + b"\0")
     for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -146,10 +146,12 @@ def main(directory: pathlib.Path) -> None:
     cache = request["cache_directory"]
     dump = directory / "dump"
     dump.mkdir()
-    set_flags(dump)
-    for fields in request["cases"]:
+    cases = [kernel_cost.Case(**fields) for fields in request["cases"]]
+    if cases[0].is_executed:  # and so all of them
+        set_flags(dump)
+    for case in cases:
         try:
-            result = answer(kernel_cost.Case(**fields), dump, cache and pathlib.Path(cache))
+            result = answer(case, dump, cache and pathlib.Path(cache))
         except errors.UserError as error:
             result = {"mistake": str(error)}
         with (directory / "answers.jsonl").open("a") as answers:

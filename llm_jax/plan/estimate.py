@@ -5,7 +5,9 @@ of `tests/contracts/budgets.json`); time is for ordering candidates alone.
 """
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh
@@ -83,23 +85,49 @@ def estimate(config: config_lib.RunConfig, slice_name: str) -> Estimate:
     Raises:
       errors.UserError: the config does not fit the slice's number of chips.
     """
-    mesh = mesh_lib.make_abstract(config.mesh, topology.parse(slice_name).num_chips)
+    num_chips = topology.parse(slice_name).num_chips
+    mesh = mesh_lib.make_abstract(config.mesh, num_chips)
     sharding.check(config, mesh)
-    with jax.sharding.use_abstract_mesh(mesh):
-        state = steps.abstract_state(config)
-    parameters = bytes_per_device(state.model, mesh)
+    state = _state(config, num_chips)
+    parameters = state.parameters
     sizes = _Sizes(config, mesh)
-    num_parameters = flops.num_params(state.model)
     copies = 2 if config.optim.accumulation_steps > 1 else 1
     itemsize = 4 if config.model.param_dtype == "float32" else 2
     return Estimate(
         parameters=parameters,
-        optimiser=bytes_per_device(state.opt_state, mesh),
+        optimiser=state.optimiser,
         gradients=copies * parameters * 4 // itemsize,
         saved=sizes.tokens * config.model.num_layers * sizes.saved_bytes(),
         layer=sizes.layer_bytes(),
         loss=sizes.loss_bytes(),
-        seconds=_seconds(config, mesh, topology.parse(slice_name).chip, num_parameters),
+        seconds=_seconds(config, mesh, topology.parse(slice_name).chip, state.num_parameters),
+    )
+
+
+class _State(NamedTuple):
+    """What lies on one device between steps, in bytes, and how many parameters there are in all."""
+
+    parameters: int
+    optimiser: int
+    num_parameters: int
+
+
+def _state(config: config_lib.RunConfig, num_chips: int) -> _State:
+    # Neither batches nor remat change it: candidates of a search share it.
+    model = dataclasses.replace(config.model, remat="none")
+    optim = dataclasses.replace(config.optim, accumulation_steps=1)
+    return _state_of(config_lib.RunConfig(model=model, optim=optim, mesh=config.mesh), num_chips)
+
+
+@functools.lru_cache(maxsize=256)
+def _state_of(config: config_lib.RunConfig, num_chips: int) -> _State:
+    mesh = mesh_lib.make_abstract(config.mesh, num_chips)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = steps.abstract_state(config)
+    return _State(
+        bytes_per_device(state.model, mesh),
+        bytes_per_device(state.opt_state, mesh),
+        flops.num_params(state.model),
     )
 
 

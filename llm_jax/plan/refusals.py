@@ -10,7 +10,7 @@ _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KM
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _ALLOCATION = re.compile(
-    r"Size: ([\d.]+)([KMGT])(?:\s+Operator: op_name=\"([^\"]*)\")?.*?Shape: (\S+)", re.DOTALL
+    r"\d+\. Size: ([\d.]+)([KMGT])\n(?:\s+Operator: [^\n]*?op_name=\"([^\"]*)\"[^\n]*\n)?\s+Shape: (\S+)"
 )
 _MOST = 5  # allocations that are listed
 
