@@ -5,6 +5,8 @@ import dataclasses
 
 from llm_jax import config as config_lib
 from llm_jax import flops
+from llm_jax import mesh as mesh_lib
+from llm_jax import sharding
 from llm_jax import xla_flags
 from llm_jax.aot import kernel_cost
 from llm_jax.aot import steps
@@ -45,6 +47,16 @@ class Plan:
     cache: Cost
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether all of it was compiled."""
+        return not any(isinstance(cost, kernel_cost.Refusal) for _, cost in self.costs)
+
+    @property
+    def costs(self) -> tuple[tuple[str, Cost], ...]:
+        """The three programs by name."""
+        return ("prefill", self.prefill), ("decode", self.decode), ("cache", self.cache)
+
+    @property
     def seconds_per_token(self) -> float:
         """Modelled time of one token of each row, with a full cache."""
         exact, guessed = of_configs.kernel_seconds(self.decode, self.cache)
@@ -62,6 +74,9 @@ def plan(
     cases = []
     for config, slice_name in pairs:
         wanted = topology.parse(slice_name)
+        mesh_config = config_lib.MeshConfig(tensor=sizes.tensor, rules="tp")
+        mesh = mesh_lib.make_abstract(mesh_config, wanted.num_chips)
+        sharding.check_model(config.model, mesh_config, mesh)
         flags = xla_flags.for_chip(wanted.chip.name, num_slices=wanted.num_slices)
         arguments = {"config": config_lib.to_dict(config)} | dataclasses.asdict(sizes)
         cases += [
@@ -87,7 +102,7 @@ def describe(one: Plan, name: str) -> list[str]:
         f"{name}, generating on {one.slice_name}: {sizes.num_rows} prompts of {sizes.length:,} tokens,"
         f" {sizes.num_slots:,} slots, {sizes.tensor} chip(s) share the weights"
     ]
-    for which, cost in (("prefill", one.prefill), ("decode", one.decode), ("cache", one.cache)):
+    for which, cost in one.costs:
         if isinstance(cost, kernel_cost.Refusal):
             return [*lines, f"  {which} does not compile ({cost.stage}): {cost.reason}"]
     header = ("", "prefill", "a token")
