@@ -30,6 +30,7 @@ OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
 RULES = ("fsdp", "fsdp_tp", "dp", "tp")
+KV_HEADS = ("sharded", "replicated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,7 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1  # heads, feed-forward width and vocabulary
     rules: str = "fsdp"
+    kv_heads: str = "sharded"  # sharded | replicated over tensor: their query groups are sharded
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -420,6 +422,7 @@ def _check_optim(config: RunConfig) -> None:
 
 def _check_mesh(mesh: MeshConfig) -> None:
     _require_choice("mesh", mesh, "rules", RULES)
+    _require_choice("mesh", mesh, "kv_heads", KV_HEADS)
     for axis in MESH_AXES:
         size = getattr(mesh, axis)
         _require(size == -1 or size >= 1, f"mesh.{axis}", size, "use a count, or -1 for the rest")

@@ -68,8 +68,16 @@ PRESETS = {
 
 
 def axis_rules(config: config_lib.MeshConfig) -> AxisRules:
-    """Returns the preset that the config names."""
-    return PRESETS[config.rules]
+    """Returns the preset that the config names, with its choices."""
+    rules = PRESETS[config.rules]
+    if config.kv_heads == "replicated":
+        rules = AxisRules(_of_groups(rules.params), _of_groups(rules.acts))
+    return rules
+
+
+def _of_groups(table: tuple[tuple[str, Axes], ...]) -> tuple[tuple[str, Axes], ...]:
+    """Returns the table with groups of queries where it has key-value heads."""
+    return tuple(("G" if letter == "K" else letter, axes) for letter, axes in table)
 
 
 def axis_size(mesh: jax.sharding.Mesh, axes: Axes | None) -> int:
@@ -96,6 +104,7 @@ def check(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> None:
     sizes += _model_sizes(config.model, rules)
     if config.data.sequence_length > config.model.attention_chunk:
         sizes.append(("model.attention_chunk", config.model.attention_chunk, dict(rules.acts)["T"]))
+    _check_heads(config.model, config.mesh, mesh)
     _check_divides(sizes, mesh)
     tables = (*dict(rules.acts).values(), *dict(rules.params).values())
     used = {name for axes in tables for name in ((axes,) if isinstance(axes, str) else axes)}
@@ -111,7 +120,41 @@ def check_model(
     model: config_lib.ModelConfig, mesh_config: config_lib.MeshConfig, mesh: jax.sharding.Mesh
 ) -> None:
     """Checks the model's own dimensions against the mesh, as `check` does for a whole run."""
+    _check_heads(model, mesh_config, mesh)
     _check_divides(_model_sizes(model, axis_rules(mesh_config)), mesh)
+
+
+def _check_heads(
+    model: config_lib.ModelConfig, mesh_config: config_lib.MeshConfig, mesh: jax.sharding.Mesh
+) -> None:
+    """Checks that what the rules shard of the heads can be: key-value heads, or their groups."""
+    params = dict(axis_rules(mesh_config).params)
+    ways = axis_size(mesh, params.get("K") or params.get("G"))
+    kv_heads, groups = model.kv_heads, model.num_heads // model.kv_heads
+    is_replicated = mesh_config.kv_heads == "replicated"
+    name, count = ("query groups", groups) if is_replicated else ("key-value heads", kv_heads)
+    if is_replicated and ways > 1 and model.attention == "jax_nn":
+        raise errors.UserError(
+            "config.model.attention = 'jax_nn' takes whole groups of heads, and mesh.kv_heads ="
+            " 'replicated' shards them; use attention = 'auto', or mesh.kv_heads = 'sharded'"
+        )
+    if count % ways == 0:
+        return
+    other = ("sharded", kv_heads) if is_replicated else ("replicated", groups)
+    would_do = f"mesh.kv_heads = {other[0]!r}, or " if other[1] % ways == 0 else ""
+    sizes = " or ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+    raise errors.UserError(
+        f"config.model.num_kv_heads = {kv_heads}: {count} {name} (mesh.kv_heads ="
+        f" {mesh_config.kv_heads!r}) cannot be split {ways} ways over mesh axis tensor; use {would_do}"
+        f"tensor = {sizes}"
+    )
+
+
+def fitting_kv_heads(model: config_lib.ModelConfig, tensor: int) -> str:
+    """Returns the `mesh.kv_heads` for a model on `tensor` devices: sharded, unless only groups divide."""
+    is_divided = model.kv_heads % tensor == 0
+    do_groups_divide = model.num_heads // model.kv_heads % tensor == 0
+    return "replicated" if do_groups_divide and not is_divided else "sharded"
 
 
 def _check_divides(sizes: list[tuple[str, int, Axes | None]], mesh: jax.sharding.Mesh) -> None:
@@ -128,7 +171,6 @@ def _model_sizes(m: config_lib.ModelConfig, rules: AxisRules) -> list[tuple[str,
     params = dict(rules.params)
     return [
         ("model.embed_dim", m.embed_dim, params.get("D")),
-        ("model.num_kv_heads", m.kv_heads, params.get("K")),
         ("model.mlp_dim", m.mlp_width, params.get("F")),
         ("model.vocab_size", m.vocab_size, params.get("V")),
     ]

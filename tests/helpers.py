@@ -54,9 +54,11 @@ def tiny_run_config(model: dict | None = None, **sections) -> config_lib.RunConf
     return config
 
 
-def make_mesh(shape=(1, 1, 1, 1, 1), rules="fsdp") -> tuple[jax.sharding.Mesh, sharding.AxisRules]:
-    """Returns a mesh of the first devices and the rules of a preset."""
-    config = config_lib.MeshConfig(*shape, rules=rules)
+def make_mesh(
+    shape=(1, 1, 1, 1, 1), rules="fsdp", **choices
+) -> tuple[jax.sharding.Mesh, sharding.AxisRules]:
+    """Returns a mesh of the first devices and the rules of a preset, with other choices if given."""
+    config = config_lib.MeshConfig(*shape, rules=rules, **choices)
     mesh = mesh_lib.make(config, jax.devices()[: int(np.prod(shape))])
     return mesh, sharding.axis_rules(config)
 

@@ -63,6 +63,24 @@ def test_specs_of_activations(name, letters, wanted):
     assert sharding.PRESETS[name].act(letters) == PartitionSpec(*wanted)
 
 
+def test_groups_take_the_place_of_replicated_key_heads():
+    rules = sharding.axis_rules(config_lib.MeshConfig(rules="fsdp_tp", kv_heads="replicated"))
+    assert rules.param("DKGC") == PartitionSpec("data", None, "tensor", None)
+    assert rules.param("DKC") == PartitionSpec("data", None, None)
+    assert rules.act("BTKGC") == PartitionSpec(BATCH, "seq", None, "tensor", None)
+    assert rules.act("BSKC") == PartitionSpec(BATCH, None, None, None)
+    assert rules.act("BTF") == sharding.PRESETS["fsdp_tp"].act("BTF")
+
+
+@pytest.mark.parametrize(
+    "kv_heads, tensor, wanted",
+    [(4, 4, "sharded"), (2, 4, "replicated"), (1, 8, "replicated"), (8, 3, "sharded")],
+)
+def test_replicated_key_heads_are_for_what_only_groups_can_be_split_into(kv_heads, tensor, wanted):
+    model = helpers.tiny_model_config(num_heads=8, num_kv_heads=kv_heads)
+    assert sharding.fitting_kv_heads(model, tensor) == wanted
+
+
 def test_rules_name_known_dimensions_and_axes():
     for rules in sharding.PRESETS.values():
         for letter, axes in (*rules.params, *rules.acts):
@@ -85,9 +103,9 @@ def test_axis_size():
 
 
 def _check(shape, rules, model=None, **sections):
-    config = helpers.tiny_run_config(
-        model, mesh=dict(zip(config_lib.MESH_AXES, shape)) | {"rules": rules}, **sections
-    )
+    sizes = dict(zip(config_lib.MESH_AXES, shape)) | {"rules": rules}
+    sections["mesh"] = sizes | sections.get("mesh", {})
+    config = helpers.tiny_run_config(model, **sections)
     mesh, _ = helpers.make_mesh(shape, rules)
     sharding.check(config, mesh)
     sharding.check_model(config.model, config.mesh, mesh)
@@ -124,7 +142,36 @@ def test_check_accepts(shape, rules):
             {"model": {"embed_dim": 12, "head_dim": 4}},
             ["model.embed_dim = 12", "data"],
         ),
-        ((1, 1, 1, 1, 4), "tp", {}, ["model.num_kv_heads = 2", "4 ways", "tensor"]),
+        (
+            (1, 1, 1, 1, 4),
+            "tp",
+            {},
+            ["model.num_kv_heads = 2", "2 key-value heads", "4 ways", "use tensor = 1 or 2"],
+        ),
+        (
+            (1, 1, 1, 1, 4),
+            "tp",
+            {"model": {"num_heads": 8}},
+            ["model.num_kv_heads = 2", "use mesh.kv_heads = 'replicated', or tensor = 1 or 2"],
+        ),
+        (
+            (1, 1, 1, 1, 4),
+            "fsdp_tp",
+            {"model": {"num_heads": 12, "head_dim": 4}, "mesh": {"kv_heads": "replicated"}},
+            ["6 query groups", "4 ways", "use tensor = 1 or 2 or 3 or 6"],
+        ),
+        (
+            (1, 1, 1, 1, 4),
+            "fsdp_tp",
+            {"model": {"num_kv_heads": None}, "mesh": {"kv_heads": "replicated"}},
+            ["1 query groups", "use mesh.kv_heads = 'sharded', or tensor = 1"],
+        ),
+        (
+            (1, 1, 1, 1, 2),
+            "tp",
+            {"model": {"attention": "jax_nn"}, "mesh": {"kv_heads": "replicated"}},
+            ["model.attention = 'jax_nn'", "mesh.kv_heads", "'auto'"],
+        ),
         ((1, 1, 1, 1, 2), "tp", {"model": {"vocab_size": 33}}, ["model.vocab_size = 33"]),
         ((1, 1, 1, 1, 2), "fsdp_tp", {"model": {"mlp_dim": 7}}, ["model.mlp_dim = 7"]),
     ],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
+from llm_jax.kernels import placement
 from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import masks
@@ -46,6 +47,7 @@ def causal_mask(config: config_lib.ModelConfig) -> masks.Mask:
 
 def make_context(
     config: config_lib.ModelConfig,
+    rules: sharding.AxisRules,
     positions_BT: jax.Array,
     mask: masks.Mask | None,
     slot: jax.Array | int = 0,
@@ -59,13 +61,13 @@ def make_context(
         slopes_KG = jnp.asarray(positions.alibi_slopes(config.num_heads))
         bias = biases.Alibi(slopes_KG.reshape(config.kv_heads, -1))
     if mask is not None:
-        C = config.head_width
+        C, groups = config.head_width, config.num_heads // config.kv_heads
         mask = op.prepare(
             mask,
             positions_BT,
             num_keys=positions_BT.shape[1],
             widths=(C, C),
-            group=config.num_heads // config.kv_heads,
+            group=groups // placement.num_parts(rules.act("G")[0]),
             dtype=config.dtype,
             implementation=config.attention,
             bias=bias,

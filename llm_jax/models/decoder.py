@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
         if segments_BT is not None:
             k_segments_BS = jax.sharding.reshard(segments_BT, self.rules.act("BS"))
             mask = mask & masks.Segments(segments_BT, k_segments_BS)
-        context = attention.make_context(self.config, positions_BT, mask)
+        context = attention.make_context(self.config, self.rules, positions_BT, mask)
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x_BTD = self.embed(tokens_BT, positions_BT)
         x_BTD = layers.dropout(x_BTD, self.config.dropout, embed_key)

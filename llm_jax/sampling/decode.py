@@ -92,7 +92,7 @@ def _next_logits(
     positions_BT = cache_lib.positions(starts_B, num_tokens, slot)
     is_prefill = isinstance(slot, int)
     mask = cache_lib.prompt_mask(model.config, starts_B, num_tokens) if is_prefill else None
-    context = attention.make_context(model.config, positions_BT, mask, slot, starts_B)
+    context = attention.make_context(model.config, model.rules, positions_BT, mask, slot, starts_B)
     x_BTD = model.decoder.embed(tokens_BT, positions_BT)
     x_BTD, cache = stack.run_cached(model.blocks, x_BTD, context, cache)
     logits_BTV = model.decoder.logits(x_BTD[:, -1:])

@@ -39,17 +39,22 @@ def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded
     Args:
       workdir: of the run.
       step: which checkpoint, as `checkpoint.parse_step` gives it; None: the latest that is whole.
-      tensor: devices that share one copy of the weights; the others split the batch.
+      tensor: devices that share one copy of the weights; the others split the batch. Key-value heads
+        that it does not divide lie on all of them, if it divides the queries of each; the log says so.
 
     Raises:
       errors.UserError: no such checkpoint, none that is whole, or a model that `tensor` does not
         divide.
     """
-    mesh_config = config_lib.MeshConfig(tensor=tensor, rules="tp")
-    mesh = mesh_lib.make(mesh_config)
-    rules = sharding.axis_rules(mesh_config)
+    mesh = mesh_lib.make(config_lib.MeshConfig(tensor=tensor, rules="tp"))
 
     def read(step_dir, meta: checkpoint.Meta) -> Loaded:
+        kv_heads = sharding.fitting_kv_heads(meta.config.model, tensor)
+        if kv_heads == "replicated":
+            count = meta.config.model.kv_heads
+            _LOG.info("%d key-value heads on each of %d devices, queries split", count, tensor)
+        mesh_config = config_lib.MeshConfig(tensor=tensor, rules="tp", kv_heads=kv_heads)
+        rules = sharding.axis_rules(mesh_config)
         sharding.check_model(meta.config.model, mesh_config, mesh)
         with jax.set_mesh(mesh):
             abstract = build.abstract_model(meta.config.model, rules)

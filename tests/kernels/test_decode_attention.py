@@ -187,11 +187,12 @@ def _placed(cache, rules):
     return jax.tree_util.tree_map_with_path(put, cache)
 
 
+@pytest.mark.parametrize("kv_heads, tensor", [("sharded", 2), ("replicated", 3)])
 @pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)
-def test_rows_and_heads_may_lie_on_several_devices(layout, implementation):
+def test_rows_and_heads_may_lie_on_several_devices(layout, implementation, kv_heads, tensor):
     """Slopes, sinks and lengths are whole everywhere, as a model makes them."""
     case = decode_cases.make_case(lengths=[7, 12], starts=[2, 0], alibi=True, sinks=True)
-    mesh, rules = helpers.make_mesh((1, 2, 1, 1, 2), "tp")
+    mesh, rules = helpers.make_mesh((1, 2, 1, 1, tensor), "tp", kv_heads=kv_heads)
     arrays = decode_cases.arguments(case)
     how = {"scale": case.scale, "implementation": implementation, "sizes": decode_cases.SIZES}
     with jax.set_mesh(mesh):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import sharding
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.models import decoder as decoder_lib
 from llm_jax.sampling import cache as cache_lib
@@ -254,7 +255,8 @@ def _loaded(shape=(1, 1, 1, 1, 1), **changes) -> load.Loaded:
     config = helpers.tiny_model_config(
         **({"vocab_size": 256, "num_kv_heads": 4, "max_length": 128} | changes)
     )
-    mesh, rules = helpers.make_mesh(shape, "tp")
+    kv_heads = sharding.fitting_kv_heads(config, shape[-1])
+    mesh, rules = helpers.make_mesh(shape, "tp", kv_heads=kv_heads)
     with jax.set_mesh(mesh):
         model = decode.prepare_model(helpers.random_model(config, mesh, rules))
     return load.Loaded(model, tokenizer_lib.load("bytes"), mesh, 0)
@@ -319,6 +321,15 @@ def test_every_mesh_gives_the_tokens_of_one_device(loaded, shape):
 def test_kernels_on_a_mesh_give_the_tokens_of_one_device_without(loaded):
     on_mesh = _loaded((1, 2, 1, 1, 2), attention="pallas")
     assert _texts(on_mesh, PROMPTS, GREEDY) == _texts(loaded, PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("kv_heads, tensor", [(1, 4), (2, 4)], ids=["multi_query", "grouped"])
+@pytest.mark.parametrize("attention", ["auto", "pallas"])
+def test_key_heads_fewer_than_devices_are_held_by_each(kv_heads, tensor, attention):
+    changes = {"num_heads": 8, "num_kv_heads": kv_heads, "attention": attention}
+    on_mesh = _loaded((1, 2, 1, 1, tensor), **changes)
+    assert on_mesh.model.rules.act("BSKGC")[2:4] == (None, "tensor")
+    assert _texts(on_mesh, PROMPTS, GREEDY) == _texts(_loaded(**changes), PROMPTS, GREEDY)
 
 
 def test_every_mesh_draws_what_one_device_draws(loaded):

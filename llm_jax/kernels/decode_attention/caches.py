@@ -106,6 +106,9 @@ def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: tuple) -> 
 
 
 def _put(cache: jax.Array, new: jax.Array, slot: jax.Array | int, axis: int) -> jax.Array:
+    spec = jax.typeof(cache).sharding.spec
+    if any(spec):  # a single head side by side with its width has lost its axis of size 1
+        new = jax.sharding.reshard(new, spec)
     return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), slot, axis=axis)
 
 

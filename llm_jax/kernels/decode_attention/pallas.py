@@ -108,9 +108,9 @@ def layout_refusal(
 def refusal(q_BTKGC: jax.Array, cache: Cache, device_kind: str) -> str | None:
     """Returns why the kernel does not take these arguments, or None where it does."""
     axes = _axes(q_BTKGC)
-    row_axes, length_axes, head_axes, group_axes, width_axes = axes
-    if any(map(placement.is_cut, (length_axes, group_axes, width_axes))):
-        return f"cuts rows and key heads alone, queries are sharded {axes}"
+    row_axes, length_axes, head_axes, _, width_axes = axes
+    if any(map(placement.is_cut, (length_axes, width_axes))):
+        return f"cuts rows, key heads and groups alone, queries are sharded {axes}"
     if isinstance(cache, paged.Paged):
         needed = 4 * cache.table.size // placement.num_parts(row_axes)
         if needed > _TABLE_LIMIT:
@@ -164,14 +164,13 @@ def attention(
     reason = refusal(q_BTKGC, cache, device_kind)
     if reason is not None:
         raise ValueError(f"decode attention 'pallas' {reason}")
-    row_axes, _, head_axes, _, _ = _axes(q_BTKGC)
+    row_axes, _, head_axes, group_axes, _ = _axes(q_BTKGC)
     run = functools.partial(_on_one_device, static)
-    if row_axes is None and head_axes is None:
+    if not (row_axes or head_axes or group_axes):
         return run(q_BTKGC, cache, lengths_B, starts_B, bias, sinks_KG)
     cache = jax.tree.map(jax.sharding.reshard, cache, _cache_specs(cache, row_axes, head_axes))
-    run = jax.shard_map(
-        run, out_specs=PartitionSpec(row_axes, None, head_axes, None, None), check_vma=False
-    )
+    out_specs = PartitionSpec(row_axes, None, head_axes, group_axes, None)
+    run = jax.shard_map(run, out_specs=out_specs, check_vma=False)
     return run(q_BTKGC, cache, lengths_B, starts_B, bias, sinks_KG)
 
 

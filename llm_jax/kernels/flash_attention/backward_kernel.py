@@ -157,8 +157,7 @@ def _tile(plan: Plan, refs, tile, masking: Masking, place, dq_at) -> None:
         p_ST = jnp.where(is_allowed, p_ST, 0.0)
     dropped_ST = p_ST
     if parts.dropout is not None:
-        row, of_head = b + parts.row_offset, head + parts.head_offset
-        factors_ST = parts.dropout.factors(row, of_head, q_index + parts.query_offset, k_index)
+        factors_ST = parts.origin.factors(parts.dropout, b, head, q_index, k_index)
         dropped_ST, dp_ST = p_ST * factors_ST, dp_ST * factors_ST
     ds_ST = p_ST * (dp_ST - delta_1T)
     if plan.has_dbias:

@@ -255,8 +255,7 @@ class _Visit:
             q_index, k_index = self.indices(r, c)
             parts = self.parts(r, c)
             self.add_sum(r, c, jnp.sum(p_SR, axis=0, keepdims=True))
-            row, head = self.b + parts.row_offset, self.h + parts.head_offset
-            p_SR *= parts.dropout.factors(row, head, q_index + parts.query_offset, k_index)
+            p_SR *= parts.origin.factors(parts.dropout, self.b, self.h, q_index, k_index)
         tile.p[c] = p_SR.astype(self.refs["v"].dtype)
 
     def add_sum(self, r: int, c: int, total_1R):

@@ -71,7 +71,7 @@ def prepare(
       like_BT: any array whose rows and slots lie where those of the queries do.
       num_keys: S.
       widths: of queries and of values.
-      group: query heads of a key head.
+      group: query heads of a key head on a device.
       dtype: of queries, keys and values.
       device_kind, bias, blocks: as for `attention`.
     """
@@ -86,7 +86,7 @@ def prepare(
 
     def local(mask):
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape_of_bias)
-        parts = scores_lib.Parts(mask, blank, *(None,) * 5, scale=1.0, softcap=None)
+        parts = scores_lib.Parts(mask, blank, *(None,) * 3, scale=1.0, softcap=None)
         sizes = forward.fitted(chosen.forward, mask, (T, num_keys), widths, dtype, 0, blank)
         backward_sizes = group, *widths, jnp.dtype(dtype).itemsize
         fitted = chosen.backward.fit(T, num_keys)
@@ -162,7 +162,8 @@ def _with_all_keys(x_BSKC: jax.Array) -> jax.Array:
 
 def _check_prepared(prepared: Prepared, q_BTKGC, v_BSKC, bias, q_offset, blocks) -> None:
     (_, T, _, G, C), (_, S, _, Cv) = q_BTKGC.shape, v_BSKC.shape
-    wanted = _made_for(T, S, (C, Cv), G, q_BTKGC.dtype, bias, q_offset, blocks)
+    group = G // placement.num_parts((*jax.typeof(q_BTKGC).sharding.spec, *(None,) * 4)[3])
+    wanted = _made_for(T, S, (C, Cv), group, q_BTKGC.dtype, bias, q_offset, blocks)
     if prepared.made_for != wanted:
         names = "T", "S", "width", "values' width", "group", "dtype", "bias", "q_offset", "blocks"
         others = (
@@ -239,8 +240,6 @@ def _on_each_device(
     """
     q_spec = jax.typeof(q_BTKGC).sharding.spec
     axes = _Axes(*(*q_spec, *(None,) * 4)[:4])
-    if dropout is not None and placement.is_cut(axes.g):
-        raise ValueError(f"attention 'pallas' has no dropout for groups that are sharded, {q_spec}")
     local = functools.partial(local, axes)
     if not any(axes):
         extra = (array for _, array in more)
@@ -272,15 +271,18 @@ def _heads_first(x: jax.Array) -> jax.Array:
 def _parts(static, axes: _Axes, q_BTKGC, mask, bias, dropout, q_offset) -> scores_lib.Parts:
     """Returns the parts of this device's attention; `q_offset` is None where `static` knows it."""
     B, T, K, G, _ = q_BTKGC.shape
-    offsets = (None, None, None)
+    origin = None
     if dropout is not None:
-        offsets = _offset(axes.row, B), _offset(axes.k, K * G), _offset(axes.length, T)
+        groups = placement.num_parts(axes.g) * G
+        head = _offset(axes.k, K * groups) + _offset(axes.g, G)
+        row, query = _offset(axes.row, B), _offset(axes.length, T)
+        origin = scores_lib.Origin(row, head, query, None, G, groups)
     return scores_lib.Parts(
         mask,
         bias,
         dropout,
         q_offset,
-        *offsets,
+        origin,
         scale=static.scale,
         softcap=static.softcap,
         static_offset=static.q_offset or 0,
@@ -355,8 +357,9 @@ def _backward_on_one_device(
         interpret=static.is_interpreted,
     )
     dk, dv = (jnp.swapaxes(x, 1, 2) for x in (dk, dv))
-    if placement.is_cut(axes.length):  # of these queries alone
-        dk, dv = (jax.lax.psum(x, axes.length) for x in (dk, dv))
+    for names in (axes.length, axes.g):
+        if placement.is_cut(names):  # of these queries alone
+            dk, dv = (jax.lax.psum(x, names) for x in (dk, dv))
     found = jnp.swapaxes(dq, 1, 2).reshape(q_BTKGC.shape), dk, dv
     if dbias is None:
         return found

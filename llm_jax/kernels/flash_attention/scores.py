@@ -28,6 +28,33 @@ MASKED = -3e38
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a device's part begins among all rows, heads, queries and keys: dropout goes by place.
+
+    Attributes:
+      row, head, query, key: of the first here, int32 scalars; None for a key means 0.
+      group, all_groups: query heads of a key head here and on all devices.
+    """
+
+    row: Any
+    head: Any
+    query: Any
+    key: Any
+    group: int = dataclasses.field(metadata={"static": True})
+    all_groups: int = dataclasses.field(metadata={"static": True})
+
+    def factors(
+        self, dropout: dropout_lib.Dropout, row: Any, head: Any, query: Any, key: Any
+    ) -> jax.Array:
+        """Returns the factors of weights by their indices here, broadcast together."""
+        if self.group != self.all_groups:
+            head += lax.div(head, jnp.int32(self.group)) * (self.all_groups - self.group)
+        key = key if self.key is None else key + self.key
+        return dropout.factors(row + self.row, head + self.head, query + self.query, key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """All of an attention that is neither queries, keys nor values.
 
@@ -35,8 +62,7 @@ class Parts:
       mask, dropout: as in `reference.attention`.
       bias: as there; inside a kernel, what `diagonals` makes of it for each shape of tiles.
       q_offset: slot of the first query, int32 scalar; None where it is `static_offset`.
-      row_offset, head_offset, query_offset: of this device's rows, heads and queries among all of them,
-        int32 scalars that dropout counts from; None without dropout.
+      origin: what dropout counts from; None without it.
       scale, softcap, static_offset: known when the kernel is compiled.
     """
 
@@ -44,9 +70,7 @@ class Parts:
     bias: biases.Bias | tuple[diagonals.Diagonals, ...] | None
     dropout: dropout_lib.Dropout | None
     q_offset: Any
-    row_offset: Any
-    head_offset: Any
-    query_offset: Any
+    origin: Origin | None
     scale: float = dataclasses.field(metadata={"static": True})
     softcap: float | None = dataclasses.field(metadata={"static": True})
     static_offset: int = dataclasses.field(default=0, metadata={"static": True})
