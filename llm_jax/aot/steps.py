@@ -86,7 +86,8 @@ def _generation(
 ) -> tuple[jax.sharding.Mesh, tuple, dict[str, Any]]:
     """Returns a mesh as `sampling.load` makes it, and what prefill is called with on it."""
     model = for_tpu(config_lib.from_dict(dict(config))).model
-    mesh_config = config_lib.MeshConfig(tensor=tensor, rules="tp")
+    kv_heads = sharding.fitting_kv_heads(model, tensor)
+    mesh_config = config_lib.MeshConfig(tensor=tensor, rules="tp", kv_heads=kv_heads)
     mesh = mesh_lib.make(mesh_config, devices)
     sharding.check_model(model, mesh_config, mesh)
     rules = sharding.axis_rules(mesh_config)

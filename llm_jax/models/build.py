@@ -28,4 +28,5 @@ def make_model(
 
 def abstract_model(config: config_lib.ModelConfig, rules: sharding.AxisRules) -> decoder.Decoder:
     """Returns the model with ShapeDtypeStructs for parameters. Call it under a mesh."""
-    return jax.eval_shape(lambda key: make_model(key, config, rules), jax.random.key(0))
+    # The key is made inside: the mesh may be of devices that are not here.
+    return jax.eval_shape(lambda: make_model(jax.random.key(0), config, rules))

@@ -113,7 +113,11 @@ def plan(
     of_kernels = iter(costs[len(cases) :])
     plans = []
     for (config, slice_name), estimate, program, case in zip(pairs, estimates, costs, alone):
-        kernels = None if case is None else _required(next(of_kernels))
+        kernels = None if case is None else next(of_kernels)
+        if isinstance(program, kernel_cost.Refusal):
+            kernels = None
+        elif isinstance(kernels, kernel_cost.Refusal):
+            raise errors.UserError(f"attention alone on {slice_name}: {kernels.reason}")
         plans.append(Plan(config, slice_name, estimate, program, kernels))
     return plans
 
@@ -134,9 +138,3 @@ def _alone(config: config_lib.RunConfig, slice_name: str) -> kernel_cost.Case | 
         return None
     mesh = mesh_lib.make_abstract(config.mesh, topology.parse(slice_name).num_chips)
     return of_configs.attention(config, slice_name, dict(mesh.shape))
-
-
-def _required(cost: kernel_cost.ProgramCost | kernel_cost.Refusal) -> kernel_cost.ProgramCost:
-    if isinstance(cost, kernel_cost.Refusal):
-        raise errors.UserError(f"attention alone on {cost.case.slice_name}: {cost.reason}")
-    return cost

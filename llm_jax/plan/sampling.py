@@ -74,7 +74,8 @@ def plan(
     cases = []
     for config, slice_name in pairs:
         wanted = topology.parse(slice_name)
-        mesh_config = config_lib.MeshConfig(tensor=sizes.tensor, rules="tp")
+        kv_heads = sharding.fitting_kv_heads(config.model, sizes.tensor)
+        mesh_config = config_lib.MeshConfig(tensor=sizes.tensor, rules="tp", kv_heads=kv_heads)
         mesh = mesh_lib.make_abstract(mesh_config, wanted.num_chips)
         sharding.check_model(config.model, mesh_config, mesh)
         flags = xla_flags.for_chip(wanted.chip.name, num_slices=wanted.num_slices)

@@ -1,5 +1,6 @@
 """Every shipped config lowers one train step for the slice that it names, without any device."""
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -24,11 +25,11 @@ def _spec(leaf):
     return jax.sharding.PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_config_lowers_for_its_slice(name):
-    module = importlib.import_module(f"configs.{name}")
-    config = config_lib.from_config_dict(module.get_config(""))
-    num_chips = 1 if config.slice == "cpu" else topology.parse(config.slice).num_chips
+def _config(name):
+    return config_lib.from_config_dict(importlib.import_module(f"configs.{name}").get_config(""))
+
+
+def _assert_lowers(config, num_chips):
     mesh = mesh_lib.make_abstract(config.mesh, num_chips)
     sharding.check(config, mesh)
     batch = steps.abstract_batch(config, mesh)
@@ -42,6 +43,26 @@ def test_config_lowers_for_its_slice(name):
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         assert updated[path].shape == leaf.shape, path
         assert _spec(updated[path]) == _spec(leaf), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_lowers_for_its_slice(name):
+    config = _config(name)
+    is_cpu = config.slice == "cpu"
+    _assert_lowers(config, 1 if is_cpu else topology.parse(config.slice).num_chips)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_lowers_for_256_chips(name):
+    """64 ways FSDP, 4 ways tensor parallel, a row for each of the 64."""
+    config = _config(name)
+    rows = 64 * config.optim.accumulation_steps
+    config = dataclasses.replace(
+        config,
+        mesh=config_lib.MeshConfig(tensor=4, rules="fsdp_tp"),
+        data=dataclasses.replace(config.data, batch_size=rows),
+    )
+    _assert_lowers(config, 256)
 
 
 @pytest.mark.parametrize("name", NAMES)
