@@ -48,6 +48,13 @@ _EVERY_CHIP = (
         "true",
         "the same for rings: context parallelism, products that gather as they go [guide, maxtext]",
     ),
+    Flag(
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib",
+        "1000000",
+        "weights are gathered whole, not in turns of a product over a ring: on a v5e those turns wait"
+        " for each other (Llama 7B on v5e:4x8, modelled by `llm_jax.plan`: 35.0 s a step with them,"
+        " 25.0 without)",
+    ),
 )
 
 # Continuation fusion: a collective runs inside the loops of a product. Other chips refuse to compile
