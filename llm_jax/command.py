@@ -54,7 +54,39 @@ def required(name: str) -> str:
 
 def config_from_flags() -> config_lib.RunConfig:
     """Returns the checked config of `--config=FILE[:arg]` and its `--config.x.y=z` overrides."""
-    raw = required("config")
+    return _checked(required("config"))
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> config_lib.RunConfig:
+    """Returns the checked config of a file and of overrides `--config.x.y=z`, without the flags of
+    this process: for commands that hand them on to another machine.
+
+    Raises:
+      errors.UserError: as `config_from_flags`, for an override that is none, and for mistakes in the file.
+    """
+    arguments = [f"--config={path}", *overrides]
+    file = _config_file(arguments)
+    _none_overrides.clear()
+    argv = ["load_config", *_take_none_overrides(arguments)]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file.", flag_values=values, sys_argv=argv
+    )
+    try:
+        rest = values(argv)
+        if len(rest) > 1:
+            raise errors.UserError(f"{rest[1]!r} is not a setting; those are --config.x.y=value")
+        return _checked(values["config"].value)
+    except errors.UserError:
+        raise
+    except (flags.Error, *_CONFIG_MISTAKES) as error:
+        mistake = _config_mistake(file, error)
+        if mistake is None and not isinstance(error, flags.Error):
+            raise
+        raise mistake or errors.UserError(str(error)) from error
+
+
+def _checked(raw: object) -> config_lib.RunConfig:
     if not isinstance(raw, ml_collections.ConfigDict):
         raise errors.UserError("--config: get_config() must return a ConfigDict (config.new())")
     raw = ml_collections.ConfigDict(raw)
