@@ -31,6 +31,7 @@ SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
 RULES = ("fsdp", "fsdp_tp", "dp", "tp")
 KV_HEADS = ("sharded", "replicated")
+CONTEXTS = ("gather", "ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,7 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1  # heads, feed-forward width and vocabulary
     rules: str = "fsdp"
+    context: str = "gather"  # how keys reach the queries of a cut sequence: gather | ring
     kv_heads: str = "sharded"  # sharded | replicated over tensor: their query groups are sharded
 
     @property
@@ -297,6 +299,11 @@ def check(config: RunConfig) -> None:
     _check_data(config)
     _check_optim(config)
     _check_mesh(config.mesh)
+    if config.mesh.context == "ring" and config.model.attention == "jax_nn":
+        raise errors.UserError(
+            "config.mesh.context = 'ring' needs the logsumexp of attention, which model.attention ="
+            " 'jax_nn' does not give; use attention = 'auto', or context = 'gather'"
+        )
 
 
 def _check_model(m: ModelConfig) -> None:
@@ -423,6 +430,7 @@ def _check_optim(config: RunConfig) -> None:
 def _check_mesh(mesh: MeshConfig) -> None:
     _require_choice("mesh", mesh, "rules", RULES)
     _require_choice("mesh", mesh, "kv_heads", KV_HEADS)
+    _require_choice("mesh", mesh, "context", CONTEXTS)
     for axis in MESH_AXES:
         size = getattr(mesh, axis)
         _require(size == -1 or size >= 1, f"mesh.{axis}", size, "use a count, or -1 for the rest")

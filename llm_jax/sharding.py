@@ -1,15 +1,24 @@
 """Which mesh axis each dimension lies on: one table, read by models, data and checkpoints.
 
-Models name dimensions (`rules.param("DF")`), never mesh axes. The presets:
+Models name dimensions (`rules.param("DF")`), never mesh axes. The presets (`mesh.rules`):
 
-  dp       batch over replica and data; weights on every device
-  fsdp     as dp, and the model width D of each weight over data (ZeRO-3): a layer's weights are
-           gathered where they are used and their gradients scattered back
-  fsdp_tp  as fsdp, and heads, feed-forward width and vocabulary over tensor (Megatron)
-  tp       heads, feed-forward width and vocabulary over tensor alone: for generation, which reads
-           every weight for every token and must not gather them
+  dp          batch over replica and data; weights on every device
+  fsdp        as dp, and the model width D of each weight over data (ZeRO-3): a layer's weights are
+              gathered where they are used and their gradients scattered back
+  fsdp_tp     as fsdp, and heads, feed-forward width and vocabulary over tensor (Megatron)
+  tp          heads, feed-forward width and vocabulary over tensor alone: for generation, which reads
+              every weight for every token and must not gather them
 
-`seq` shards the sequence of activations: queries stay put, keys and values are gathered.
+The sizes of the mesh are free; an axis that a preset does not use must be 1. Activations and optimiser
+state follow: a moment lies where its parameter does.
+
+`seq` shards the sequence of activations in all of them: queries stay put. `mesh.context` says how keys and
+values reach them: `gather` gives each device all of them, in one exchange and in O(T) of its memory; `ring`
+passes them around, in O(T / n), and balances causal masks by the order in which devices hold the sequence
+(`kernels.flash_attention.ring`).
+
+`mesh.kv_heads` is for key-value heads that `tensor` does not divide: `replicated` puts them, weights and
+activations, on each of its devices, and shards the queries of each head instead.
 """
 
 import dataclasses
@@ -31,6 +40,8 @@ class AxisRules:
     # Pairs instead of dicts: modules hold the rules as static data, which JAX hashes.
     params: tuple[tuple[str, Axes], ...]
     acts: tuple[tuple[str, Axes], ...]
+    # How keys reach the queries of a sequence that is cut, as in `config.MeshConfig`.
+    context: str = "gather"
 
     def param(self, dims: str) -> PartitionSpec:
         """Returns the spec of a parameter with dimensions `dims`.
@@ -70,9 +81,12 @@ PRESETS = {
 def axis_rules(config: config_lib.MeshConfig) -> AxisRules:
     """Returns the preset that the config names, with its choices."""
     rules = PRESETS[config.rules]
+    params, acts = rules.params, rules.acts
     if config.kv_heads == "replicated":
-        rules = AxisRules(_of_groups(rules.params), _of_groups(rules.acts))
-    return rules
+        params, acts = _of_groups(params), _of_groups(acts)
+    if config.context == "ring":
+        acts += (("S", dict(acts)["T"]),)
+    return AxisRules(params, acts, config.context)
 
 
 def _of_groups(table: tuple[tuple[str, Axes], ...]) -> tuple[tuple[str, Axes], ...]:
@@ -102,7 +116,14 @@ def check(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> None:
         ("data.sequence_length", config.data.sequence_length, dict(rules.acts)["T"]),
     ]
     sizes += _model_sizes(config.model, rules)
-    if config.data.sequence_length > config.model.attention_chunk:
+    is_ring = config.mesh.context == "ring" and mesh.shape["seq"] > 1
+    if is_ring and config.data.sequence_length % (2 * mesh.shape["seq"]):
+        raise errors.UserError(
+            f"config.data.sequence_length = {config.data.sequence_length} cannot be cut into two pieces"
+            f" for each of {mesh.shape['seq']} devices of a ring; use a multiple of"
+            f" {2 * mesh.shape['seq']}, or mesh.context = 'gather'"
+        )
+    if config.data.sequence_length > config.model.attention_chunk and not is_ring:
         sizes.append(("model.attention_chunk", config.model.attention_chunk, dict(rules.acts)["T"]))
     _check_heads(config.model, config.mesh, mesh)
     _check_divides(sizes, mesh)

@@ -15,6 +15,7 @@ from llm_jax import optim
 from llm_jax import sharding
 from llm_jax.data import batch as batch_lib
 from llm_jax.kernels.cross_entropy import op as cross_entropy
+from llm_jax.kernels.flash_attention import ring
 from llm_jax.models import build
 from llm_jax.models import decoder
 
@@ -58,7 +59,10 @@ def token_losses(
     batch: batch_lib.Batch,
     key: jax.Array | None = None,
 ) -> cross_entropy.TokenLosses:
-    """Returns the losses of a batch's tokens, and their sum; `key` turns dropout on."""
+    """Returns the losses of a batch's tokens, and their sum; `key` turns dropout on.
+
+    Tokens are in the order that the model takes, which `_in_order` makes.
+    """
     # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
     segments_BT = batch.segments if config.data.packing == "packed" else None
     x_BTD = model.hidden(batch.tokens, batch.positions, segments_BT, key)
@@ -76,6 +80,11 @@ def token_losses(
     )
 
 
+def _in_order(model: decoder.Decoder, batch: batch_lib.Batch) -> batch_lib.Batch:
+    """Returns the batch in the order that balances a ring, where keys go around; sums do not see it."""
+    return jax.tree.map(ring.zigzag, batch) if model.rules.context == "ring" else batch
+
+
 def _sums(tokens: cross_entropy.TokenLosses, batch: batch_lib.Batch) -> losses.LossSums:
     return losses.weighted_sums(tokens.cross_entropy_BT, tokens.log_z_BT, batch.weights)
 
@@ -87,6 +96,7 @@ def loss_sums(
     key: jax.Array | None = None,
 ) -> losses.LossSums:
     """Returns the summed losses of a batch; `key` turns dropout on."""
+    batch = _in_order(model, batch)
     return _sums(token_losses(config, model, batch, key), batch)
 
 
@@ -99,7 +109,7 @@ def gradients(
     whole batch, which is known before, so accumulation equals one large batch however unevenly the
     weights fall.
     """
-    num_micro = config.optim.accumulation_steps
+    batch, num_micro = _in_order(model, batch), config.optim.accumulation_steps
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def loss(model, batch, key):

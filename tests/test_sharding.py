@@ -63,6 +63,16 @@ def test_specs_of_activations(name, letters, wanted):
     assert sharding.PRESETS[name].act(letters) == PartitionSpec(*wanted)
 
 
+def test_a_ring_leaves_keys_cut():
+    for preset in ("fsdp", "fsdp_tp"):
+        gathered, ring = (
+            sharding.axis_rules(config_lib.MeshConfig(rules=preset, context=context))
+            for context in ("gather", "ring")
+        )
+        assert (gathered.act("BS")[1], ring.act("BS")[1]) == (None, "seq")
+        assert ring.act("BTD") == gathered.act("BTD") and ring.params == gathered.params
+
+
 def test_groups_take_the_place_of_replicated_key_heads():
     rules = sharding.axis_rules(config_lib.MeshConfig(rules="fsdp_tp", kv_heads="replicated"))
     assert rules.param("DKGC") == PartitionSpec("data", None, "tensor", None)
@@ -136,6 +146,12 @@ def test_check_accepts(shape, rules):
         ),
         ((2, 4, 1, 1, 1), "dp", {"data": {"batch_size": 4}}, ["data.batch_size", "8 ways"]),
         ((1, 1, 8, 1, 1), "dp", {"data": {"sequence_length": 12}}, ["sequence_length = 12", "seq"]),
+        (
+            (1, 1, 4, 1, 1),
+            "fsdp",
+            {"data": {"sequence_length": 12}, "mesh": {"context": "ring"}},
+            ["sequence_length = 12", "two pieces for each of 4", "a multiple of 8", "'gather'"],
+        ),
         (
             (1, 8, 1, 1, 1),
             "fsdp",

@@ -28,17 +28,20 @@ def is_cut(axes: Axes) -> bool:
     return num_parts(axes) > 1
 
 
-def like_queries(tree: dict[str, Any], q_BTKGC: jax.Array) -> dict[str, Any]:
-    """Returns what belongs to rows, queries or heads, wherever it lies, cut over devices as they are."""
+def like_queries(tree: dict[str, Any], q_BTKGC: jax.Array, key_axes: Axes = None) -> dict[str, Any]:
+    """Returns what belongs to rows, queries or heads, wherever it lies, cut over devices as they are.
+
+    What belongs to keys lies on `key_axes`; an array for pairs of queries and keys is cut as queries are.
+    """
     axes = dict(zip("BTKG", (*jax.typeof(q_BTKGC).sharding.spec, *(None,) * 5)))
+    of_keys = axes | {"S": key_axes}
     if not any(axes.values()):
         return tree
 
     def cut(path, array):
         letters = getattr(path[-1], "name", getattr(path[-1], "key", "")).rpartition("_")[2]
-        spec = [
-            axes.get(letter) if size > 1 else None for letter, size in zip(letters, array.shape)
-        ]
+        of = axes if "T" in letters else of_keys
+        spec = [of.get(letter) if size > 1 else None for letter, size in zip(letters, array.shape)]
         return jax.sharding.reshard(jnp.asarray(array), PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(cut, tree)

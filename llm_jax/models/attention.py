@@ -31,6 +31,7 @@ class Context:
       bias: added to the scores; None without ALiBi.
       slot: of the first token in the cache; the integer 0 where nothing precedes it.
       starts_B: first slot of each row in the cache; None: 0.
+      places_T: of the tokens in their sequence, which dropout goes by; None where there is none.
     """
 
     mask: masks.Mask | pallas.Prepared | None
@@ -38,6 +39,7 @@ class Context:
     bias: biases.Alibi | None = None
     slot: jax.Array | int = 0
     starts_B: jax.Array | None = None
+    places_T: jax.Array | None = None
 
 
 def causal_mask(config: config_lib.ModelConfig) -> masks.Mask:
@@ -108,7 +110,7 @@ class Attention(nnx.Module):
         later one to all that each row has in the cache, which ends with its own keys.
         """
         q_BTKGC, k_BSKC, v_BSKC = self._project(x_BTD, context)
-        # Queries stay sharded along the sequence; each device gathers all keys and values.
+        # Queries stay sharded along the sequence; each device gathers all keys and values, but in a ring.
         k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
         v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
         if cache is not None:
@@ -121,6 +123,7 @@ class Attention(nnx.Module):
                 mask=context.mask,
                 implementation=self.config.attention,
                 chunk=self.config.attention_chunk,
+                context=self.rules.context,
                 **self._scores(context),
             )
         else:

@@ -1,5 +1,7 @@
 """The decoder-only language model: GPT-2, Llama and what lies between, as one config."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.kernels.flash_attention import masks
+from llm_jax.kernels.flash_attention import ring
 from llm_jax.models import attention
 from llm_jax.models import layers
 from llm_jax.models import stack
@@ -55,6 +58,8 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """Returns what the output head reads, [B, T, D] in the compute dtype, for whole sequences.
 
+        Under rules with `context` ring, all of these and the result are in the order of `ring.zigzag`.
+
         Args:
           tokens_BT: int32 ids.
           positions_BT: int32, from 0 in each document.
@@ -67,8 +72,12 @@ class Decoder(nnx.Module):
             mask = mask & masks.Segments(segments_BT, k_segments_BS)
         context = attention.make_context(self.config, self.rules, positions_BT, mask)
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
+        places_T = jax.sharding.reshard(jnp.arange(tokens_BT.shape[1]), self.rules.act("T"))
+        if self.rules.context == "ring":
+            places_T = ring.zigzag(places_T, axis=0)
+        context = dataclasses.replace(context, places_T=places_T)
         x_BTD = self.embed(tokens_BT, positions_BT)
-        x_BTD = layers.dropout(x_BTD, self.config.dropout, embed_key)
+        x_BTD = layers.dropout(x_BTD, self.config.dropout, embed_key, places_T)
         return self._normalise(self.stack(x_BTD, context, stack_key))
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

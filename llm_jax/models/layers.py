@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from llm_jax import config as config_lib
 from llm_jax import dims
 from llm_jax import sharding
+from llm_jax.kernels.flash_attention import dropout as dropout_lib
 
 
 def normal_param(
@@ -125,11 +126,22 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the rest; without a key, the identity."""
+def dropout(
+    x_BTD: jax.Array, rate: float, key: jax.Array | None, places_T: jax.Array | None
+) -> jax.Array:
+    """Zeroes elements with probability `rate` and scales the rest; without a key, the identity.
+
+    What is drawn depends on an element's row, place in the sequence and channel, wherever it lies: as
+    for attention weights, it is a hash of these. `places_T` are the tokens' places, int32.
+    """
     if key is None or rate == 0.0:
-        return x
-    spec = jax.typeof(x).sharding.spec
-    draws = jax.random.bits(key, x.shape, jnp.uint32, out_sharding=spec)
-    is_kept = draws >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(is_kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+        return x_BTD
+    row_axes, length_axes, *_ = (*jax.typeof(x_BTD).sharding.spec, *(None,) * 3)
+    rows_B11 = jnp.arange(x_BTD.shape[0])[:, None, None]
+    places_1T1 = places_T[None, :, None]
+    if row_axes or length_axes:
+        rows_B11 = jax.sharding.reshard(rows_B11, PartitionSpec(row_axes, None, None))
+        places_1T1 = jax.sharding.reshard(places_1T1, PartitionSpec(None, length_axes, None))
+    drawn = dropout_lib.Dropout(jax.random.bits(key, (), jnp.uint32), rate)
+    factors_BTD = drawn.factors(rows_B11, 0, places_1T1, jnp.arange(x_BTD.shape[2]))
+    return (x_BTD * factors_BTD).astype(x_BTD.dtype)

@@ -51,10 +51,11 @@ class Block(nnx.Module):
         attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         h_BTD = self.attention_norm(x_BTD) if self.is_pre_norm else x_BTD
         h_BTD, cache = self.attention(h_BTD, context, cache)
-        x_BTD = x_BTD + layers.dropout(h_BTD, self.dropout, attention_key)
+        x_BTD = x_BTD + layers.dropout(h_BTD, self.dropout, attention_key, context.places_T)
         x_BTD = x_BTD if self.is_pre_norm else self.attention_norm(x_BTD)
         h_BTD = self.mlp_norm(x_BTD) if self.is_pre_norm else x_BTD
-        x_BTD = x_BTD + layers.dropout(self.mlp(h_BTD), self.dropout, mlp_key)
+        h_BTD = self.mlp(h_BTD)
+        x_BTD = x_BTD + layers.dropout(h_BTD, self.dropout, mlp_key, context.places_T)
         x_BTD = x_BTD if self.is_pre_norm else self.mlp_norm(x_BTD)
         return x_BTD, cache
 

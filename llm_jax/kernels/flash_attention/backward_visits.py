@@ -101,6 +101,8 @@ def make_visits(
         for no bias, or one that makes no difference between tiles.
       is_everywhere: visit every macro block, as all of a full array's gradient must be written.
     """
+    if flat_from is None and not masks.depends_on_query_slots(mask):
+        q_offset = 0  # any will do
     some, is_open = _tiles_by_macro(mask, num_queries, num_keys, blocks, q_offset, flat_from)
     xp = np if isinstance(some, np.ndarray) else jnp
     num_rows, num_i, num_j = some.shape[:3]

@@ -125,7 +125,7 @@ def fitted(
     Where that is a narrow band, keys in VMEM go along with the queries instead of lying there all the
     time; where it is known beforehand and narrow enough, one visit takes all of it.
     """
-    blocks = blocks.fit(num_queries)
+    blocks, q_offset = blocks.fit(num_queries), _known(mask, q_offset)
     if blocks.span is not None:
         return blocks
     if masks.is_static(mask) and isinstance(q_offset, int):
@@ -139,6 +139,11 @@ def fitted(
     if width > num_keys // 2:
         return blocks
     return dataclasses.replace(blocks, span=-(-width // blocks.kv) * blocks.kv)
+
+
+def _known(mask: masks.Mask, q_offset: Any) -> Any:
+    """Returns an offset to make tables by: any will do for a mask to which it is all the same."""
+    return q_offset if masks.depends_on_query_slots(mask) else 0
 
 
 # More of them in a body take longer to compile than they save.
@@ -176,6 +181,7 @@ def make_visits(
 
     Tables of arrays are the same for all layers; make them once, outside the scan over layers.
     """
+    q_offset = _known(mask, q_offset)
     classes = _classes(mask, num_queries, num_keys, blocks, q_offset)
     if isinstance(classes, np.ndarray) and classes.shape[0] == 1:
         classes, found = classes[0], ()

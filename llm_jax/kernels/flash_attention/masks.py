@@ -318,6 +318,21 @@ def sees_past_alone(mask: Mask) -> bool:
     return not np.any(some)
 
 
+def depends_on_query_slots(mask: Mask) -> bool:
+    """Returns whether it matters where queries lie, beside what the arrays say of each."""
+    if isinstance(mask, Band):
+        return mask != full()
+    parts = (getattr(mask, field.name) for field in dataclasses.fields(mask))
+    return isinstance(mask, QueriesBelow) or any(
+        depends_on_query_slots(part) for part in parts if isinstance(part, Mask)
+    )
+
+
+def moved(mask: Mask, slots: Any) -> Mask:
+    """Returns the mask for queries and keys that are counted from `slots` on."""
+    return map_arrays(lambda dims, array: array - slots if dims == "B" else array, mask)
+
+
 def visible_keys(mask: Mask, queries: range, num_keys: int, q_offset: int, block: int) -> range:
     """Returns the keys that some query of `queries` may see for all that is known before the arrays.
 

@@ -10,11 +10,14 @@ from llm_jax.kernels import placement
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import chunked
+from llm_jax.kernels.flash_attention import devices
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import jax_nn
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
+from llm_jax.kernels.flash_attention import pieces
 from llm_jax.kernels.flash_attention import reference
+from llm_jax.kernels.flash_attention import ring
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def attention(
     sinks_KG: jax.Array | None = None,
     dropout: dropout_lib.Dropout | None = None,
     blocks: blocks_lib.Blocks | None = None,
+    context: str = "gather",
 ) -> jax.Array:
     """Attends by the named implementation; arguments and result as `reference.attention`.
 
@@ -42,6 +46,10 @@ def attention(
     scores would weigh more than the rest of the layer), and `reference` below. The log says what it
     took. `pallas` runs TPU kernels for the devices of the mesh that is set, and interprets them on a
     CPU; `blocks` overrides its table.
+
+    Of a sequence that is cut over devices each attends with its own queries. With `gather` it has all
+    keys for them; with `ring` the keys go around, and all that belongs to queries and keys is in the order
+    of `ring.zigzag` (`reference` is then what `chunked` is).
 
     A mask that is data may come with the tables of the kernels, made by `prepare` once for all layers.
     The result is named `attention_output`, for remat policies.
@@ -52,7 +60,9 @@ def attention(
     _check_shapes(q_BTKGC, k_BSKC, v_BSKC, bias, sinks_KG)
     prepared = mask if isinstance(mask, pallas.Prepared) else None
     others = {"mask": prepared.mask if prepared else mask, "bias": bias, "sinks_KG": sinks_KG}
-    placed = placement.like_queries(others, q_BTKGC)
+    length_axes = devices.axes_of(q_BTKGC).length
+    is_ring = context == "ring" and placement.is_cut(length_axes)
+    placed = placement.like_queries(others, q_BTKGC, length_axes if is_ring else None)
     mask, bias, sinks_KG = (placed[name] for name in others)
     how = {"softcap": softcap, "bias": bias, "sinks_KG": sinks_KG, "dropout": dropout}
     device_kind = placement.device_kind()
@@ -60,6 +70,9 @@ def attention(
         implementation = _choose(q_BTKGC, v_BSKC, chunk, device_kind, **how)
         _say(implementation, q_BTKGC.shape[1], device_kind)
     how |= {"mask": mask, "scale": scale, "q_offset": q_offset}
+    if is_ring:
+        piece = _piece(implementation, q_BTKGC, v_BSKC, bias, chunk, device_kind, blocks)
+        return ring.attention(q_BTKGC, k_BSKC, v_BSKC, piece=piece, chunk=chunk, **how)
     if implementation == "reference":
         y_BTKGC = reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how)
         return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
@@ -78,6 +91,29 @@ def attention(
         f"attention implementation {implementation!r} is none of"
         " auto, reference, chunked, jax_nn, pallas"
     )
+
+
+def _piece(
+    implementation: str,
+    q_BTKGC: jax.Array,
+    v_BSKC: jax.Array,
+    bias: biases.Bias | None,
+    chunk: int,
+    device_kind: str,
+    blocks: blocks_lib.Blocks | None,
+) -> pieces.Piece:
+    """Returns what attends on each device of a ring."""
+    if implementation in ("reference", "chunked"):
+        return pieces.Chunked(chunk)
+    if implementation != "pallas":
+        raise ValueError(
+            f"attention {implementation!r} has no ring: it gives no logsumexp; use 'pallas' or 'chunked'"
+        )
+    blocks = blocks or blocks_lib.for_device(device_kind, q_BTKGC.shape[-1], q_BTKGC.shape[1])
+    reason = pallas.refusal(q_BTKGC, v_BSKC, bias, blocks)
+    if reason is not None:
+        raise ValueError(f"attention 'pallas' {reason}; use 'chunked'")
+    return pieces.Kernels(blocks, device_kind == "cpu")
 
 
 def prepare(

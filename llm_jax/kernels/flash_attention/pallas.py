@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 from typing import Any
-from typing import NamedTuple
 
 import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-import numpy as np
 
 from llm_jax.kernels import placement
 from llm_jax.kernels.flash_attention import backward
@@ -18,6 +16,7 @@ from llm_jax.kernels.flash_attention import backward_visits
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import chunked
+from llm_jax.kernels.flash_attention import devices
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import forward
 from llm_jax.kernels.flash_attention import forward_visits
@@ -162,7 +161,7 @@ def _with_all_keys(x_BSKC: jax.Array) -> jax.Array:
 
 def _check_prepared(prepared: Prepared, q_BTKGC, v_BSKC, bias, q_offset, blocks) -> None:
     (_, T, _, G, C), (_, S, _, Cv) = q_BTKGC.shape, v_BSKC.shape
-    group = G // placement.num_parts((*jax.typeof(q_BTKGC).sharding.spec, *(None,) * 4)[3])
+    group = G // placement.num_parts(devices.axes_of(q_BTKGC).g)
     wanted = _made_for(T, S, (C, Cv), group, q_BTKGC.dtype, bias, q_offset, blocks)
     if prepared.made_for != wanted:
         names = "T", "S", "width", "values' width", "group", "dtype", "bias", "q_offset", "blocks"
@@ -210,49 +209,10 @@ def _attention(static, *arrays):
 def _forward(static, *arrays):
     """Returns the result, and what the backward pass needs, under names that remat can keep."""
     local = functools.partial(_forward_on_one_device, static)
-    y_BTKGC, lse_BKGT = _on_each_device(local, ("BTKGC", "BKGT"), *arrays)
+    y_BTKGC, lse_BKGT = devices.on_each(local, ("BTKGC", "BKGT"), arrays)
     y_BTKGC = ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
     lse_BKGT = ad_checkpoint.checkpoint_name(lse_BKGT, "attention_logsumexp")
     return y_BTKGC, (arrays, y_BTKGC, lse_BKGT)
-
-
-class _Axes(NamedTuple):
-    """Axes of the mesh that the dimensions of the queries are cut over."""
-
-    row: placement.Axes
-    length: placement.Axes
-    k: placement.Axes
-    g: placement.Axes
-
-
-def _on_each_device(
-    local, outs, q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *more
-):
-    """Runs `local` where the arrays lie: a kernel cannot be cut up from outside.
-
-    Keys and values, and what belongs to rows and heads, lie as the queries do; of a sequence that is cut
-    each device has some of the queries and all keys.
-
-    Args:
-      local: called with `_Axes` and this device's pieces.
-      outs: letters of the results.
-      more: pairs of letters and array, after the arguments of the attention.
-    """
-    q_spec = jax.typeof(q_BTKGC).sharding.spec
-    axes = _Axes(*(*q_spec, *(None,) * 4)[:4])
-    local = functools.partial(local, axes)
-    if not any(axes):
-        extra = (array for _, array in more)
-        return local(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
-
-    def spec(letters: str) -> PartitionSpec:
-        cut = dict(zip("BTKG", axes))
-        return PartitionSpec(*(cut.get(letter) for letter in letters))
-
-    extra = (jax.sharding.reshard(array, spec(letters)) for letters, array in more)
-    out_specs = tuple(spec(letters) for letters in outs)
-    run = jax.shard_map(local, out_specs=out_specs, check_vma=False)
-    return run(q_BTKGC, k_BSKC, v_BSKC, mask, bias, sinks_KG, dropout, q_offset, *extra)
 
 
 def _parted(mask: masks.Mask | Prepared) -> tuple[masks.Mask, Any, Any]:
@@ -262,21 +222,11 @@ def _parted(mask: masks.Mask | Prepared) -> tuple[masks.Mask, Any, Any]:
     return mask, None, None
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
-    """[B, T, ..., C] as [B, H, T, C], all heads in one dimension."""
-    x = x.reshape(*x.shape[:2], -1, x.shape[-1])
-    return jnp.swapaxes(x, 1, 2)
-
-
-def _parts(static, axes: _Axes, q_BTKGC, mask, bias, dropout, q_offset) -> scores_lib.Parts:
+def _parts(static, axes: devices.Axes, q_BTKGC, mask, bias, dropout, q_offset) -> scores_lib.Parts:
     """Returns the parts of this device's attention; `q_offset` is None where `static` knows it."""
-    B, T, K, G, _ = q_BTKGC.shape
     origin = None
     if dropout is not None:
-        groups = placement.num_parts(axes.g) * G
-        head = _offset(axes.k, K * groups) + _offset(axes.g, G)
-        row, query = _offset(axes.row, B), _offset(axes.length, T)
-        origin = scores_lib.Origin(row, head, query, None, G, groups)
+        origin = devices.origin(axes, q_BTKGC, devices.offset(axes.length, q_BTKGC.shape[1]))
     return scores_lib.Parts(
         mask,
         bias,
@@ -289,18 +239,11 @@ def _parts(static, axes: _Axes, q_BTKGC, mask, bias, dropout, q_offset) -> score
     )
 
 
-def _own_offset(static, axes: _Axes, q_offset: jax.Array | None, T: int) -> jax.Array | None:
+def _own_offset(static, axes: devices.Axes, q_offset: jax.Array | None, T: int) -> jax.Array | None:
     """Returns the slot of this device's first query, or None where `static` knows it."""
     if not placement.is_cut(axes.length):
         return q_offset
-    return (static.q_offset if q_offset is None else q_offset) + _offset(axes.length, T)
-
-
-def _offset(axes: placement.Axes, size: int) -> jax.Array:
-    """Returns where this device's part begins of a dimension cut over mesh axes."""
-    if axes is None:
-        return jnp.zeros((), jnp.int32)
-    return jax.lax.axis_index(axes) * size
+    return (static.q_offset if q_offset is None else q_offset) + devices.offset(axes.length, T)
 
 
 def _forward_on_one_device(
@@ -314,7 +257,7 @@ def _forward_on_one_device(
     sizes = static.blocks.forward
     blocks = forward.fitted(sizes, mask, (T, S), widths, q_BTKGC.dtype, offset, bias)
     y_BHTC, lse_BHT = forward.attention(
-        *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
+        *(devices.heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC)),
         parts=_parts(static, axes, q_BTKGC, mask, bias, dropout, q_offset),
         visits=visits or forward_visits.make_visits(mask, T, S, blocks, offset),
         blocks=blocks,
@@ -347,7 +290,7 @@ def _backward_on_one_device(
     q_offset = _own_offset(static, axes, q_offset, T)
     mask, _, visits = _parted(mask)
     dq, dk, dv, dbias = backward.attention(
-        *(_heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC, dy_BTKGC)),
+        *(devices.heads_first(x) for x in (q_BTKGC, k_BSKC, v_BSKC, dy_BTKGC)),
         lse_BKGT.reshape(B, K * G, T),
         delta_BKGT.reshape(B, K * G, T),
         parts=_parts(static, axes, q_BTKGC, mask, bias, dropout, q_offset),
@@ -386,13 +329,13 @@ def _backward(static, residuals, dy_BTKGC):
         letters = ("1" if is_one else letter for letter, is_one in zip("BKG", (of_row, of_k, of_g)))
         outs.append("".join(letters) + "TS")
     local = functools.partial(_backward_on_one_device, static, is_shared)
-    dq, dk, dv, *made = _on_each_device(local, outs, *arrays, *more)
+    dq, dk, dv, *made = devices.on_each(local, outs, arrays, more)
     dsinks = None
     if sinks_KG is not None:
         # A sink is a key whose value is zero: its weight times what the others lose to it.
         weights_BKGT = jnp.exp(sinks_KG[..., None] - lse_BKGT)
         dsinks = -jnp.sum(weights_BKGT * delta_BKGT, axis=(0, 3)).astype(sinks_KG.dtype)
-    dmask, ddropout, doffset = (jax.tree.map(_no_gradient, x) for x in (mask, dropout, q_offset))
+    dmask, ddropout, doffset = (devices.no_gradient(x) for x in (mask, dropout, q_offset))
     if made:
         dbias = jax.tree.unflatten(jax.tree.structure(bias), made)
     else:
@@ -420,11 +363,6 @@ def _bias_gradient(static, arrays, dy_BTKGC):
         )
 
     return jax.vjp(run, bias)[1](dy_BTKGC)[0]
-
-
-def _no_gradient(x: jax.Array):
-    """The cotangent of an integer."""
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 _attention.defvjp(_forward, _backward)
