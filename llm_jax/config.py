@@ -29,7 +29,7 @@ PACKINGS = ("packed", "concat")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
-RULES = ("fsdp", "fsdp_tp", "dp", "tp")
+RULES = ("fsdp", "fsdp_tp", "fsdp_cp", "multislice", "dp", "tp")
 KV_HEADS = ("sharded", "replicated")
 CONTEXTS = ("gather", "ring")
 

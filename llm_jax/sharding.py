@@ -6,6 +6,10 @@ Models name dimensions (`rules.param("DF")`), never mesh axes. The presets (`mes
   fsdp        as dp, and the model width D of each weight over data (ZeRO-3): a layer's weights are
               gathered where they are used and their gradients scattered back
   fsdp_tp     as fsdp, and heads, feed-forward width and vocabulary over tensor (Megatron)
+  fsdp_cp     as fsdp, with weights over data and seq: the devices that share a long sequence share
+              the weights and the optimiser's state as well
+  multislice  as fsdp_cp, and over tensor as fsdp_tp: whatever the axes within a slice are, a slice has
+              one copy of the weights, and only gradients of its shards cross the slow network
   tp          heads, feed-forward width and vocabulary over tensor alone: for generation, which reads
               every weight for every token and must not gather them
 
@@ -74,6 +78,8 @@ PRESETS = {
     "dp": _rules({}, {}),
     "fsdp": _rules({"D": "data"}, {}),
     "fsdp_tp": _rules({"D": "data"} | _TENSOR, _TENSOR),
+    "fsdp_cp": _rules({"D": ("data", "seq")}, {}),
+    "multislice": _rules({"D": ("data", "seq")} | _TENSOR, _TENSOR),
     "tp": _rules(_TENSOR, _TENSOR),
 }
 

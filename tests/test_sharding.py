@@ -33,6 +33,9 @@ def test_every_name_of_a_rule_is_a_preset():
         ("fsdp_tp", "KGCD", ("tensor", None, None, "data")),
         ("fsdp_tp", "VD", ("tensor", "data")),
         ("fsdp_tp", "PD", (None, "data")),
+        ("fsdp_cp", "DF", (("data", "seq"), None)),
+        ("fsdp_cp", "VD", (None, ("data", "seq"))),
+        ("multislice", "DKGC", (("data", "seq"), "tensor", None, None)),
         ("tp", "DF", (None, "tensor")),
         ("tp", "KGCD", ("tensor", None, None, None)),
         ("tp", "VD", ("tensor", None)),
@@ -64,7 +67,7 @@ def test_specs_of_activations(name, letters, wanted):
 
 
 def test_a_ring_leaves_keys_cut():
-    for preset in ("fsdp", "fsdp_tp"):
+    for preset in ("fsdp", "fsdp_cp", "multislice"):
         gathered, ring = (
             sharding.axis_rules(config_lib.MeshConfig(rules=preset, context=context))
             for context in ("gather", "ring")
@@ -127,6 +130,8 @@ def _check(shape, rules, model=None, **sections):
         ((1, 8, 1, 1, 1), "dp"),
         ((2, 4, 1, 1, 1), "fsdp"),
         ((1, 2, 2, 1, 2), "fsdp_tp"),
+        ((1, 2, 4, 1, 1), "fsdp_cp"),
+        ((2, 1, 2, 1, 2), "multislice"),
         ((1, 2, 1, 1, 2), "tp"),
     ],
 )
@@ -148,7 +153,7 @@ def test_check_accepts(shape, rules):
         ((1, 1, 8, 1, 1), "dp", {"data": {"sequence_length": 12}}, ["sequence_length = 12", "seq"]),
         (
             (1, 1, 4, 1, 1),
-            "fsdp",
+            "fsdp_cp",
             {"data": {"sequence_length": 12}, "mesh": {"context": "ring"}},
             ["sequence_length = 12", "two pieces for each of 4", "a multiple of 8", "'gather'"],
         ),

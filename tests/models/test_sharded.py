@@ -25,7 +25,7 @@ MODELS = {
     "kernels": {"attention": "pallas", "attention_softcap": 2.0},
 }
 
-# Sizes along replica, data, seq, expert, tensor.
+# Sizes along replica, data, seq, expert, tensor; rules; other choices.
 MESHES = {
     "dp": ((1, 8, 1, 1, 1), "dp"),
     "fsdp": ((1, 4, 1, 1, 1), "fsdp"),
@@ -34,9 +34,28 @@ MESHES = {
     "fsdp_tp": ((1, 2, 1, 1, 2), "fsdp_tp"),
     "fsdp_tp_seq": ((1, 2, 2, 1, 2), "fsdp_tp"),
     "tp": ((1, 2, 1, 1, 2), "tp"),
+    "fsdp_cp": ((1, 2, 2, 1, 1), "fsdp_cp"),
+    "fsdp_cp_ring": ((1, 2, 4, 1, 1), "fsdp_cp", ("context", "ring")),
+    "multislice": ((2, 2, 1, 1, 2), "multislice"),
+    "multislice_ring": ((2, 1, 2, 1, 2), "multislice", ("context", "ring")),
+    "replicated_heads": ((1, 2, 1, 1, 2), "fsdp_tp", ("kv_heads", "replicated")),
+    "replicated_heads_ring": (
+        (1, 1, 2, 1, 2),
+        "fsdp_tp",
+        ("kv_heads", "replicated"),
+        ("context", "ring"),
+    ),
+}
+# Every head of GPT-2 has keys of its own, so that there are no groups to shard. Kernels are dear to
+# interpret: one ring has all that differs for them.
+_LEFT_OUT = {
+    "gpt2": ("replicated_heads", "replicated_heads_ring"),
+    "kernels": ("fsdp_cp", "fsdp_cp_ring", "multislice", "multislice_ring", "replicated_heads"),
 }
 
-_CASES = [(model, mesh) for model in MODELS for mesh in MESHES]
+_CASES = [
+    (model, mesh) for model in MODELS for mesh in MESHES if mesh not in _LEFT_OUT.get(model, ())
+]
 
 
 def _config(model, **sections):
@@ -47,10 +66,10 @@ def _config(model, **sections):
 
 
 @functools.cache
-def _gradients(model, shape, rules, accumulation=1):
+def _gradients(model, shape, rules, *choices, accumulation=1):
     """Returns gradients and loss sums on a mesh, and the specs of the gradients."""
     config = _config(model, optim={"accumulation_steps": accumulation})
-    mesh, axis_rules = helpers.make_mesh(shape, rules)
+    mesh, axis_rules = helpers.make_mesh(shape, rules, **dict(choices))
     parameters = helpers.random_model(config.model, mesh, axis_rules)
     batch = helpers.place(helpers.random_batch(config), mesh, axis_rules)
     with jax.set_mesh(mesh):
@@ -67,14 +86,17 @@ def test_loss_and_gradients_equal_one_device(model, mesh):
     helpers.assert_close(sums, one_sums)
     helpers.assert_close(grads, one_grads, 2e-5)
     # Gradients lie as their parameters do, so that an update moves nothing.
-    with jax.set_mesh(helpers.make_mesh(*MESHES[mesh])[0]):
-        abstract = _abstract_state(_config(model), MESHES[mesh][1]).model
+    mesh, axis_rules = _mesh(mesh)
+    with jax.set_mesh(mesh):
+        abstract = _abstract_state(_config(model), axis_rules).model
     wanted = [leaf.sharding.spec for leaf in jax.tree.leaves(abstract)]
     assert specs == wanted
 
 
-def test_accumulation_on_a_mesh_equals_one_device():
-    grads, sums, _ = _gradients("llama", (1, 2, 2, 1, 2), "fsdp_tp", accumulation=2)
+@pytest.mark.parametrize("context", ["gather", "ring"])
+def test_accumulation_on_a_mesh_equals_one_device(context):
+    mesh = (1, 2, 2, 1, 2), "fsdp_tp", ("context", context)
+    grads, sums, _ = _gradients("llama", *mesh, accumulation=2)
     one_grads, one_sums, _ = _gradients("llama", (1, 1, 1, 1, 1), "fsdp")
     helpers.assert_close(sums, one_sums)
     helpers.assert_close(grads, one_grads, 2e-5)
@@ -83,8 +105,12 @@ def test_accumulation_on_a_mesh_equals_one_device():
 # --- where things lie -------------------------------------------------------------------------
 
 
-def _abstract_state(config, rules):
-    axis_rules = sharding.PRESETS[rules]
+def _mesh(name):
+    shape, rules, *choices = MESHES[name]
+    return helpers.make_mesh(shape, rules, **dict(choices))
+
+
+def _abstract_state(config, axis_rules):
     return jax.eval_shape(lambda: train_step.init_state(config, axis_rules))
 
 
@@ -96,9 +122,9 @@ def _axes(axes):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_parameters_lie_as_the_rules_say(mesh):
     """Each dimension by its letter; on each device lies that share of the array and no more."""
-    shape, rules = MESHES[mesh]
-    config = _config("gpt2")
-    device_mesh, axis_rules = helpers.make_mesh(shape, rules)
+    # Of a ring or of replicated key heads too: there are groups to shard.
+    config, rules = _config("llama"), MESHES[mesh][1]
+    device_mesh, axis_rules = _mesh(mesh)
     with jax.set_mesh(device_mesh):
         model = helpers.make_model(config.model, axis_rules)
     table = dict(axis_rules.params)
@@ -109,7 +135,7 @@ def test_parameters_lie_as_the_rules_say(mesh):
         share = list(leaf.shape)
         for place, letter in enumerate(letters, offset):
             if len(letters) > 1 and letter in table:
-                share[place] //= device_mesh.shape[table[letter]]
+                share[place] //= sharding.axis_size(device_mesh, table[letter])
         name = jax.tree_util.keystr(path)
         assert {piece.data.shape for piece in leaf.addressable_shards} == {tuple(share)}, name
         num_sharded += tuple(share) != leaf.shape
@@ -117,11 +143,11 @@ def test_parameters_lie_as_the_rules_say(mesh):
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
-@pytest.mark.parametrize("mesh", ["fsdp", "fsdp_tp"])
+@pytest.mark.parametrize("mesh", ["dp", "fsdp", "fsdp_tp", "fsdp_cp", "multislice"])
 def test_optimiser_state_lies_as_its_parameters(name, mesh):
-    shape, rules = MESHES[mesh]
-    with jax.set_mesh(helpers.make_mesh(shape, rules)[0]):
-        state = _abstract_state(_config("gpt2", optim={"name": name}), rules)
+    device_mesh, axis_rules = _mesh(mesh)
+    with jax.set_mesh(device_mesh):
+        state = _abstract_state(_config("gpt2", optim={"name": name}), axis_rules)
     parameters = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.model)[0]
