@@ -23,7 +23,7 @@ _COMPUTE_BYTES = 2  # of an activation or a gathered weight
 # Logits of a device that are computed whole, and tokens of a chunk otherwise (cross_entropy.op).
 _LARGEST_LOGITS = 1 << 31
 # What the compiler holds beside what the maths needs: copies in other layouts, buffers of collectives.
-_OVERHEAD = 1.25
+_OVERHEAD = 1.5
 
 # Of the peak that products reach, and of the links' bandwidth that collectives do.
 _PRODUCT_EFFICIENCY = 0.7
@@ -42,15 +42,17 @@ class Estimate:
 
     Attributes:
       parameters, optimiser: as they lie between steps.
-      gradients: float32, and the sum of microbatches where there are several.
+      accumulated: the sum of microbatches' gradients, where there are several.
+      gradients: of a microbatch, float32.
       saved: what the forward pass keeps for the backward pass.
       layer: what one layer needs while it runs, gathered weights among it.
-      loss: logits, and the gathered head with its gradient.
+      loss: logits and the gathered head.
       seconds: for ordering alone.
     """
 
     parameters: int
     optimiser: int
+    accumulated: int
     gradients: int
     saved: int
     layer: int
@@ -59,8 +61,9 @@ class Estimate:
 
     @property
     def temporaries(self) -> int:
-        """What is allocated while a step runs."""
-        return int(_OVERHEAD * (self.gradients + self.saved + self.layer + self.loss))
+        """What is allocated while a step runs, at the loss or in the last layers of the backward pass."""
+        most = max(self.loss, self.gradients + self.layer)
+        return self.accumulated + int(_OVERHEAD * (self.saved + most))
 
     @property
     def peak(self) -> int:
@@ -91,12 +94,12 @@ def estimate(config: config_lib.RunConfig, slice_name: str) -> Estimate:
     state = _state(config, num_chips)
     parameters = state.parameters
     sizes = _Sizes(config, mesh)
-    copies = 2 if config.optim.accumulation_steps > 1 else 1
-    itemsize = 4 if config.model.param_dtype == "float32" else 2
+    gradients = parameters * (1 if config.model.param_dtype == "float32" else 2)
     return Estimate(
         parameters=parameters,
         optimiser=state.optimiser,
-        gradients=copies * parameters * 4 // itemsize,
+        accumulated=gradients if config.optim.accumulation_steps > 1 else 0,
+        gradients=gradients,
         saved=sizes.tokens * config.model.num_layers * sizes.saved_bytes(),
         layer=sizes.layer_bytes(),
         loss=sizes.loss_bytes(),
@@ -167,7 +170,7 @@ class _Sizes:
         return weights + _COMPUTE_BYTES * self.tokens * width
 
     def loss_bytes(self) -> int:
-        """Bytes of logits with their gradient, and of the head."""
+        """Bytes of logits, which their gradient replaces, and of the gathered head."""
         m, train = self._model, self._config.train
         ids = m.vocab_size // self._tensor
         tokens = self.tokens
@@ -175,7 +178,7 @@ class _Sizes:
         is_large = train.cross_entropy == "auto" and 4 * tokens * ids > _LARGEST_LOGITS
         if is_chunked or is_large:
             tokens = min(tokens, train.cross_entropy_chunk)
-        return 2 * 4 * tokens * ids + (2 * _COMPUTE_BYTES + 4) * m.embed_dim * ids
+        return 4 * tokens * ids + _COMPUTE_BYTES * m.embed_dim * ids
 
 
 def _seconds(config, mesh, chip, num_parameters: int) -> float:

@@ -54,7 +54,7 @@ def explain(
     parts = {
         "saved": estimate.saved,
         "loss": estimate.loss,
-        "gradients": estimate.gradients,
+        "gradients": estimate.gradients + estimate.accumulated,
         "parameters": estimate.parameters + estimate.optimiser,
         "layer": estimate.layer,
     }
