@@ -2,18 +2,21 @@
 
     WORKDIR/checkpoints/STEP/params     the model's parameters, what sampling reads
     WORKDIR/checkpoints/STEP/training   optimiser state and counters
-    WORKDIR/checkpoints/STEP/meta       config, tokenizer, code version, a fingerprint per array
+    WORKDIR/checkpoints/STEP/meta       config, tokenizer, code version; shape and fingerprint per array
     WORKDIR/checkpoints_damaged/        what could not be read, moved aside by a resuming run
 
 Orbax writes into a temporary folder and renames it, so a save that was cut off is never seen. What
 was damaged afterwards shows by the fingerprints, sums over the bits of each array that do not
 depend on how it is sharded.
 
-    meta       what a checkpoint says of itself: `Meta`, `read_meta`
-    arrays     its arrays, onto any mesh: `restore_params`
-    folder     a run's checkpoints: `directory`, `steps`, the one asked for by `read_latest`
-    mismatch   what keeps a checkpoint from fitting a run
-    manager    `Checkpoints`, which a training run saves to and resumes from
+    meta         what a checkpoint says of itself: `Meta`, `read_meta`
+    contents     which arrays there are, in a state, a checkpoint and by a config
+    arrays       their values, onto any mesh: `restore_params`
+    folder       a run's checkpoints: `directory`, `steps`, the one asked for by `read_latest`
+    mismatch     what keeps a checkpoint from fitting, by path, and the settings responsible
+    manager      `Checkpoints`, which a training run saves to and resumes from
+    inspection   what `python -m llm_jax.checkpoint inspect PATH` finds out
+    tables       and how it prints that
 """
 
 from llm_jax.checkpoint.arrays import restore_params

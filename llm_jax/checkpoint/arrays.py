@@ -1,6 +1,5 @@
 """The arrays of a checkpoint, read onto any mesh and held to their fingerprints."""
 
-from typing import TYPE_CHECKING
 from typing import Any
 
 from etils import epath
@@ -8,20 +7,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from llm_jax import trees
+from llm_jax.checkpoint import contents
 from llm_jax.checkpoint import meta as meta_lib
-
-if TYPE_CHECKING:  # sampling reads checkpoints and must not import the trainer
-    from llm_jax import train_step
-
-
-def split(state: "train_step.TrainState") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the parts `params` and `training` of a state, as nested dicts by name."""
-    training = {
-        "step": state.step,
-        "num_skipped": state.num_skipped,
-        "opt_state": trees.to_nested(state.opt_state),
-    }
-    return trees.to_nested(state.model), training
+from llm_jax.checkpoint import mismatch
 
 
 def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -45,16 +33,9 @@ def read_arrays(
       DamagedError: they cannot be read, or are not those that were saved.
     """
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    try:
+    with meta_lib.telling_damage():
         arrays = meta_lib.checkpointer().restore(step_dir, args=ocp.args.Composite(**args))
         arrays = {name: arrays[name] for name in targets}
-    except Exception as error:
-        # Orbax wraps what TensorStore raises in a bare Exception. What is no damage (memory that
-        # runs out) goes on as it is: it must not make a good checkpoint look bad.
-        cause = error.__cause__ if type(error) is Exception else error
-        if not isinstance(cause, meta_lib.DAMAGE):
-            raise
-        raise meta_lib.DamagedError(meta_lib.one_line(cause)) from error
     for path, value in trees.fingerprints(arrays).items():
         if meta.fingerprints.get(path) != value:
             raise meta_lib.DamagedError(f"array {path} is not what was saved (fingerprint differs)")
@@ -74,6 +55,40 @@ def restore_params(
 
     Raises:
       DamagedError: they cannot be read, or are not those that were saved.
+      errors.UserError: the model has other parameters than the checkpoint.
     """
-    targets = {"params": trees.to_nested(on_mesh(model, mesh))}
-    return trees.from_nested(model, read_arrays(step_dir, meta, targets)["params"])
+    targets = {contents.PARAMS: trees.to_nested(on_mesh(model, mesh))}
+    mismatch.check_params(step_dir, meta, contents.of_tree(targets))
+    return trees.from_nested(model, read_arrays(step_dir, meta, targets)[contents.PARAMS])
+
+
+def damaged(step_dir: epath.Path, meta: meta_lib.Meta, arrays: contents.Arrays) -> list[str]:
+    """Reads arrays one by one onto one device; returns a line for each that is not whole.
+
+    Takes the memory of the largest array, and as much again to sum over its bits.
+    """
+    lines = []
+    for path, info in arrays.items():
+        try:
+            value = _read_one(step_dir, path, info)
+        except meta_lib.DamagedError as error:
+            lines.append(f"array {path} cannot be read: {error}")
+            continue
+        (fingerprint,) = trees.fingerprints({"array": value}).values()
+        if meta.fingerprints.get(path) != fingerprint:
+            lines.append(f"array {path} is not what was saved (fingerprint differs)")
+    return lines
+
+
+def _read_one(step_dir: epath.Path, path: str, info: meta_lib.ArrayInfo) -> jax.Array:
+    part, *names = path.split("/")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    item: Any = jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=device)
+    for name in reversed(names):
+        item = {name: item}
+    args = ocp.args.PyTreeRestore(
+        item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    with meta_lib.telling_damage():
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        return jax.tree.leaves(reader.restore(step_dir / part, args))[0]

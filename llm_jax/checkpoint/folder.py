@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from llm_jax import errors
 from llm_jax.checkpoint import meta as meta_lib
 
+NAME = "checkpoints"  # in the workdir
 BEST = "best"  # as a step: the one with the lowest evaluation loss
 
 _T = TypeVar("_T")
@@ -20,7 +21,7 @@ _LOG = logging.getLogger(__name__)
 
 def directory(workdir: str) -> epath.Path:
     """Returns the folder of a run's checkpoints; `workdir` may be local or `gs://`."""
-    return epath.Path(workdir).expanduser().absolute() / "checkpoints"
+    return epath.Path(workdir).expanduser().absolute() / NAME
 
 
 def steps(checkpoint_dir: epath.Path) -> list[int]:
@@ -61,7 +62,7 @@ def read_latest(
     if not known:
         raise errors.UserError(f"--workdir={workdir} has no checkpoints under {checkpoint_dir}")
     if step == BEST:
-        candidates = _by_eval_loss(checkpoint_dir, known)
+        candidates = by_eval_loss(checkpoint_dir, known)
     elif step is None:
         candidates = known[::-1]
     elif step in known:
@@ -77,8 +78,12 @@ def read_latest(
     raise errors.UserError(f"no checkpoint asked for under {checkpoint_dir} is whole (see above)")
 
 
-def _by_eval_loss(checkpoint_dir: epath.Path, known: list[int]) -> list[int]:
-    """Returns the steps that were evaluated when they were saved, the best first."""
+def by_eval_loss(checkpoint_dir: epath.Path, known: list[int]) -> list[int]:
+    """Returns those of the `known` steps that were evaluated when they were saved, best first.
+
+    Raises:
+      errors.UserError: none was.
+    """
     losses = {}
     for step in known:
         try:

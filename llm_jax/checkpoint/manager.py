@@ -15,6 +15,7 @@ from llm_jax import config as config_lib
 from llm_jax import errors
 from llm_jax import trees
 from llm_jax.checkpoint import arrays as arrays_lib
+from llm_jax.checkpoint import contents
 from llm_jax.checkpoint import folder
 from llm_jax.checkpoint import meta as meta_lib
 from llm_jax.checkpoint import mismatch
@@ -77,22 +78,23 @@ class Checkpoints:
           eval_loss: ranks the checkpoint, in nats a token; None: it is never the best.
         """
         step = int(state.step)
-        params, training = arrays_lib.split(state)
-        meta = {
-            "format": meta_lib.FORMAT_VERSION,
-            "step": step,
-            "config": config_lib.to_dict(self._config),
-            "tokenizer": self._tokenizer,
-            "versions": meta_lib.code_version(),
-            "fingerprints": trees.fingerprints({"params": params, "training": training}),
-            "eval_loss": eval_loss,
-        }
-        meta["checksum"] = meta_lib.checksum_of(meta)
+        params, training = contents.split(state)
+        parts = {"params": params, "training": training}
+        meta = meta_lib.Meta(
+            step=step,
+            config=self._config,
+            tokenizer=self._tokenizer,
+            versions=meta_lib.code_version(),
+            fingerprints=trees.fingerprints(parts),
+            eval_loss=eval_loss,
+            arrays=contents.of_tree(parts),
+            mesh=contents.mesh_of(parts),
+        )
         self._note_loss(step, eval_loss)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             training=ocp.args.StandardSave(training),
-            meta=ocp.args.JsonSave(meta),
+            meta=ocp.args.JsonSave(meta_lib.make_record(meta)),
         )
         self._manager.save(step, args=args, force=True)
 
@@ -116,14 +118,17 @@ class Checkpoints:
           errors.UserError: the model or the optimiser is not that of the checkpoint, or there are
             checkpoints and none can be read.
         """
-        params, training = arrays_lib.split(state)
+        params, training = contents.split(state)
         targets = arrays_lib.on_mesh({"params": params, "training": training}, mesh)
         damaged = []
         for step in reversed(self._manager.all_steps()):
             step_dir = self._directory / str(step)
             try:
                 meta = meta_lib.read_meta(step_dir)
-                mismatch.check_resumable(meta, self._config, self._tokenizer)
+                saved, _ = contents.read(step_dir, meta)
+                wanted = contents.of_tree(targets)
+                mismatches = mismatch.compare(saved, wanted, meta.config, self._config)
+                mismatch.check_resumable(meta, self._config, self._tokenizer, mismatches)
                 arrays = arrays_lib.read_arrays(step_dir, meta, targets)
             except meta_lib.DamagedError as error:
                 damaged.append(step_dir)
