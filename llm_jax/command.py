@@ -44,6 +44,22 @@ def define_workdir(help_text: str) -> None:
     flags.DEFINE_string("workdir", None, help_text)
 
 
+_arguments: dict[str, str] = {}
+_argument_helps: dict[str, str] = {}
+
+
+def define_argument(name: str, help_text: str) -> None:
+    """Defines the next argument that the command takes without a flag, e.g. `PATH`."""
+    _argument_helps[name] = help_text
+
+
+def argument(name: str) -> str:
+    """Returns the value of an argument, or raises UserError that says what it is for."""
+    if name not in _arguments:
+        raise errors.UserError(f"{name} is missing: {_argument_helps[name]}")
+    return _arguments[name]
+
+
 def required(name: str) -> str:
     """Returns the value of a flag, or raises UserError that says what it is for."""
     flag = flags.FLAGS[name]
@@ -170,6 +186,8 @@ def _config_mistake(path: pathlib.Path | None, error: BaseException) -> errors.U
         return None
     if isinstance(error, SyntaxError):
         return errors.UserError(f"{path} line {error.lineno}: {error.msg}")
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return errors.UserError(f"{path} has no get_config()")
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f.lineno for f in frames if pathlib.Path(f.filename).resolve() == path.resolve()]
     if not lines:
@@ -191,11 +209,14 @@ def _shortened(message: str) -> str:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     path = None
+    has_config = "config" in flags.FLAGS and not flags.FLAGS["config"].boolean
     try:
-        path = _config_file(argv)
+        path = _config_file(argv) if has_config else None
         rest = flags.FLAGS(_take_none_overrides(argv))
-        if len(rest) > 1:
-            raise errors.UserError(f"{rest[1]!r} is not a flag; settings are --config.x.y=value")
+        _arguments.update(zip(_argument_helps, rest[1:]))
+        if len(rest) > 1 + len(_argument_helps):
+            hint = "; settings are --config.x.y=value" if has_config else ""
+            raise errors.UserError(f"{rest[1 + len(_argument_helps)]!r} is not a flag{hint}")
         return rest
     except errors.UserError as error:
         exit_with(error)

@@ -1,8 +1,6 @@
 """`python -m llm_jax.sampling` as a process: completions out, one-line errors, what it imports."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,52 +10,13 @@ import pytest
 
 from llm_jax import checkpoint
 from llm_jax import train_step
+from tests import commands
 from tests import helpers
 from tests.sampling import spelling
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-# Forks a child for each command line: real processes, of which only the first imports everything.
-_RUN_COMMANDS = """
-import json, os, sys
-from llm_jax import command
-import llm_jax.sampling.__main__ as sampling
-
-results = []
-for index, argv in enumerate(json.loads(sys.argv[1])):
-    pid = os.fork()
-    if pid == 0:
-        for name, fd in (("out", 1), ("err", 2)):
-            file = os.open(f"{index}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, fd)
-        sys.argv = ["sampling", *argv]
-        command.run(sampling.main, sampling.define_flags)
-    results.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-print(json.dumps(results))
-"""
-
-
-def _child_environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-
 
 def _run_commands(folder, argvs) -> list[tuple[int, str, str]]:
-    """Returns the exit code, stdout and stderr of each command line, run in `folder`."""
-    ran = subprocess.run(
-        [sys.executable, "-c", _RUN_COMMANDS, json.dumps(argvs)],
-        cwd=folder,
-        env=_child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stderr
-    codes = json.loads(ran.stdout.splitlines()[-1])
-    return [
-        (code, (folder / f"{i}.out").read_text(), (folder / f"{i}.err").read_text())
-        for i, code in enumerate(codes)
-    ]
+    return commands.run("llm_jax.sampling.__main__", folder, argvs)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +132,7 @@ print(json.dumps([names, sorted(sys.modules)]))
 """
     ran = subprocess.run(
         [sys.executable, "-c", code],
-        env=_child_environment(),
+        env=commands.child_environment(),
         capture_output=True,
         text=True,
         check=True,
