@@ -41,7 +41,7 @@ the same links; what is waited for is `ProgramCost.exposed_seconds`. Nothing of 
 measurement of its own.
 
 What is not modelled: what collectives take of HBM and of the core's slots, links that are shared by chance
-(groups count as evenly spread), transfers between slices that the program leaves to the hosts
+(groups count as evenly spread), transfers to and from the host's memory
 (`ProgramCost.not_modelled` names such things), the SparseCores, the start of a program and of each
 operation in it, contention of HBM's banks and the cost of short strides, throttling; of a loop's operations
 all turns but the first, of a conditional all branches but the costliest.

@@ -27,7 +27,7 @@ class Part:
         along during a product ("async collective fusion") is neither: it is that product.
       key: the same of a start and its done.
       num_bytes: of the array as it is before it is scattered or after it is gathered; of a scattered
-        result alone where `is_scattered_size`.
+        result alone where `is_scattered_size`; between slices, of what one chip sends.
       attributes: of the collective itself, where its groups stand.
     """
 
@@ -42,6 +42,8 @@ class Part:
 def part_of(module: hlo.Module, operation: hlo.Operation) -> Part | None:
     """Returns what an operation has to do with a collective, or None where it has nothing."""
     opcode = operation.opcode
+    if is_between_slices(operation):
+        return _between_slices(operation)
     kind, _, suffix = _split(opcode)
     if kind in KINDS:
         phase = suffix or "whole"
@@ -69,6 +71,25 @@ def part_of(module: hlo.Module, operation: hlo.Operation) -> Part | None:
         kind = "reduce-scatter"
     whole = _part(kind, "whole", key, inner)
     return dataclasses.replace(whole, is_scattered_size=inner.opcode.startswith("reduce-scatter"))
+
+
+def is_between_slices(operation: hlo.Operation) -> bool:
+    """Returns whether an operation is one of the four by which hosts exchange what chips have summed."""
+    is_transfer = operation.opcode in ("send", "recv", "send-done", "recv-done")
+    return is_transfer and "xla_megascale_runtime" in operation.attributes
+
+
+def _between_slices(operation: hlo.Operation) -> Part | None:
+    """Returns the part of an exchange that what comes back has in it; what is sent has none."""
+    if operation.opcode == "recv-done":
+        return Part("", "done", operation.operands[0], 0, False, "")
+    if operation.opcode != "recv":
+        return None
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', operation.attributes)
+    kind = named[1].lower().replace("_", "-") if named else "recv"
+    return Part(
+        kind, "start", operation.name, operation.types[0].num_bytes, False, operation.attributes
+    )
 
 
 def _split(opcode: str) -> tuple[str, str, str]:

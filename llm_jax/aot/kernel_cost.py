@@ -95,7 +95,8 @@ class CollectiveCost:
     Attributes:
       kind: as XLA calls it: "all-gather", "reduce-scatter", ...
       axes: of the mesh; () where the groups fit none.
-      num_bytes: sum of the arrays, each as it is before it is scattered or after it is gathered.
+      num_bytes: sum of the arrays, each as it is before it is scattered or after it is gathered; between
+        slices, of what one chip sends.
       seconds: that links are busy, whether something is computed meanwhile or not.
     """
 

@@ -40,7 +40,7 @@ class Collective:
     Attributes:
       kind: as of `collectives.Part`.
       axes: of the mesh, that its groups run over; () if they fit none.
-      num_bytes: of the whole array, as it is before it is scattered or after it is gathered.
+      num_bytes: as of `collectives.Part`, but of the whole array where it is scattered.
       seconds: by itself.
       links: that it keeps busy.
     """
@@ -70,6 +70,8 @@ class Network:
 
     def collective(self, part: collectives.Part) -> Collective:
         """Returns what a collective costs."""
+        if "megascale" in part.attributes:
+            return self._between_slices(part)
         if part.kind == "collective-permute":
             return self._permute(part.num_bytes, _lists(_PAIRS.search(part.attributes)[1]))
         groups = self._groups(part.attributes)
@@ -143,6 +145,20 @@ class Network:
             seconds = rounds * num_bytes * (size - 1) / size / bandwidth
         links = frozenset(itertools.product(sides, (0, 1)))
         return seconds + rounds * hops * _HOP_SECONDS, links
+
+    def _between_slices(self, part: collectives.Part) -> Collective:
+        """Returns the cost of an exchange by the hosts, of what each chip sends."""
+        num_slices = len(set(self._slices.tolist()))
+        numbers = self._slices.reshape(self._shape)
+        axes = tuple(
+            name
+            for axis, name in enumerate(self._axes)
+            if (numbers != np.take(numbers, [0], axis)).any()
+        )
+        rounds = 2 if part.kind == "all-reduce" else 1
+        share = part.num_bytes * (num_slices - 1) / num_slices
+        seconds = rounds * (share / self._chip.dcn_bandwidth + _DCN_SECONDS)
+        return Collective(part.kind, axes, part.num_bytes, seconds, frozenset({DCN}))
 
     def _permute(self, num_bytes: int, pairs: list[list[int]]) -> Collective:
         """Returns the cost of sending from chip to chip, dimension by dimension."""

@@ -28,7 +28,7 @@ _FREE = {
     "add-dependency",
     "domain",
 }
-# Between slices, by the hosts: in what order they are done is not in the schedule.
+# With the host, but for those between slices.
 _HOST_TRANSFERS = ("send", "recv")
 _FILE = re.compile(r"\d+-(.*)-\d+-packed-bundles-post-ra\.txt")
 
@@ -138,7 +138,8 @@ class Replay:
             if part is not None and (part.phase != "done" or part.key in flights.ends):
                 self._communicate(part, totals, flights, times)
             elif opcode.startswith(_HOST_TRANSFERS):
-                self.not_modelled.add(opcode.removesuffix("-done"))
+                if not collectives.is_between_slices(operation):
+                    self.not_modelled.add(opcode.removesuffix("-done"))
             elif opcode == "while":
                 turns, inside = loops.first_turn(self._module, scope, operation)
                 if turns is None:

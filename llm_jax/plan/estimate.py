@@ -22,8 +22,11 @@ from llm_jax.aot import topology
 _COMPUTE_BYTES = 2  # of an activation or a gathered weight
 # Logits of a device that are computed whole, and tokens of a chunk otherwise (cross_entropy.op).
 _LARGEST_LOGITS = 1 << 31
-# What the compiler holds beside what the maths needs: copies in other layouts, buffers of collectives.
-_OVERHEAD = 1.5
+# Fitted to the compiler on the programs of the budgets: copies in other layouts, buffers of collectives;
+# layers at a time, as the next one's weights come while one is computed.
+_OVERHEAD = 1.1
+_LAYERS_AT_A_TIME = 2
+_WAITING_BYTES = 6  # in both precisions; of one program
 
 # Of the peak that products reach, and of the links' bandwidth that collectives do.
 _PRODUCT_EFFICIENCY = 0.7
@@ -62,7 +65,7 @@ class Estimate:
     @property
     def temporaries(self) -> int:
         """What is allocated while a step runs, at the loss or in the last layers of the backward pass."""
-        most = max(self.loss, self.gradients + self.layer)
+        most = max(self.loss, _LAYERS_AT_A_TIME * (self.gradients + self.layer))
         return self.accumulated + int(_OVERHEAD * (self.saved + most))
 
     @property
@@ -140,6 +143,7 @@ class _Sizes:
     def __init__(self, config: config_lib.RunConfig, mesh: AbstractMesh):
         self._config, self._model = config, config.model
         self._tensor = mesh.shape["tensor"]
+        self._is_between_slices = mesh.shape["replica"] > 1
         ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["seq"]
         tokens = config.data.batch_size * config.data.sequence_length
         self.tokens = tokens // config.optim.accumulation_steps // ways
@@ -154,7 +158,7 @@ class _Sizes:
             "full": m.embed_dim,
             "attention_output": m.embed_dim + attended,
             "dots": 3 * m.embed_dim + products,
-            "none": 5 * m.embed_dim + attended + products + 2 * m.mlp_width // tensor,
+            "none": 9 * m.embed_dim + attended + products + 4 * m.mlp_width // tensor,
         }
         width = widths.get(m.remat, m.embed_dim)  # what is kept on the host is not kept here
         return _COMPUTE_BYTES * width
@@ -178,7 +182,10 @@ class _Sizes:
         is_large = train.cross_entropy == "auto" and 4 * tokens * ids > _LARGEST_LOGITS
         if is_chunked or is_large:
             tokens = min(tokens, train.cross_entropy_chunk)
-        return 4 * tokens * ids + _COMPUTE_BYTES * m.embed_dim * ids
+        head = _COMPUTE_BYTES * m.embed_dim * ids
+        if self._is_between_slices:  # its gradient waits for the exchange, whole
+            head += _WAITING_BYTES * m.embed_dim * ids
+        return 4 * tokens * ids + head
 
 
 def _seconds(config, mesh, chip, num_parameters: int) -> float:

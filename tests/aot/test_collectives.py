@@ -7,6 +7,10 @@ from llm_jax.aot import hlo
 
 _BF16 = "{1,0:T(8,128)(2,1)}"
 _GROUPS = "replica_groups=[1,4]<=[4], dimensions={0}"
+_HANDLER = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
+_MEGASCALE = (
+    _HANDLER + ',_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"'
+)
 _MODULE = f"""
 %fused_gather (p: bf16[8,128]) -> bf16[32,128] {{
   %p = bf16[8,128]{_BF16} parameter(0)
@@ -42,6 +46,11 @@ ENTRY %main (x: bf16[8,128], y: f32[32,128]) -> bf16[32,128] {{
   %async-collective-done.5 = bf16[32,128]{_BF16} fusion(%product), kind=kCustom, calls=%nested
   %all-reduce-scatter.2 = f32[8,128]{{1,0:T(8,128)}} fusion(%y), kind=kCustom, calls=%summed
   %scatter = f32[8,128]{{1,0:T(8,128)}} reduce-scatter(%y), replica_groups=[1,4]<=[4], dimensions={{0}}
+  %after = token[] after-all()
+  %out = (bf16[8,128]{_BF16}, u32[]{{:S(2)}}, token[]) send(%x, %after), is_host_transfer=true, frontend_attributes={{{_MEGASCALE}}}
+  %in = (bf16[8,128]{_BF16}, u32[]{{:S(2)}}, token[]) recv(%after), is_host_transfer=true, frontend_attributes={{{_MEGASCALE}}}
+  %in-done = (bf16[8,128]{_BF16}, token[]) recv-done(%in), frontend_attributes={{{_HANDLER}}}
+  %offload = (bf16[8,128]{_BF16}, u32[]{{:S(2)}}, token[]) recv(%after), is_host_transfer=true
   %plain = bf16[8,128]{_BF16} fusion(%x), kind=kLoop, calls=%nothing
   ROOT %copy = bf16[32,128]{_BF16} copy(%whole)
 }}
@@ -81,6 +90,12 @@ def test_a_start_and_its_done_have_one_key(part):
     assert start.key == done.key
 
 
-@pytest.mark.parametrize("name", ["product", "plain", "copy", "x"])
+def test_between_slices_what_comes_back_is_the_collective(part):
+    start, done = part("in"), part("in-done")
+    assert (start.kind, start.phase, start.num_bytes) == ("all-reduce", "start", 8 * 128 * 2)
+    assert (done.phase, done.key) == ("done", start.key)
+
+
+@pytest.mark.parametrize("name", ["product", "plain", "copy", "x", "out", "offload"])
 def test_others_have_nothing_to_do_with_collectives(part, name):
     assert part(name) is None

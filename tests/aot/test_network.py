@@ -52,6 +52,15 @@ def test_between_slices_each_chip_sends_its_share_by_the_network():
     assert both == pytest.approx(inside + share, rel=1e-2)
 
 
+def test_what_hosts_exchange_is_over_the_axis_that_runs_across_slices():
+    mesh = grids.mesh((4, 1, 1), {"replica": 2, "data": 4}, num_slices=2)
+    part = _part("all-reduce", '_xla_megascale_target="{1,2}x{0:3}"')
+    found = network.Network(mesh, V5E).collective(part)
+    assert (found.axes, found.links) == (("replica",), {network.DCN})
+    # There and back, half of it each time.
+    assert found.seconds == pytest.approx(_LARGE / V5E.dcn_bandwidth, rel=1e-2)
+
+
 def test_time_grows_with_bytes_and_never_falls_below_latency():
     times = [_seconds("all-reduce", (4, 4, 1), num_bytes=2**power) for power in range(0, 31, 5)]
     assert times == sorted(times)
