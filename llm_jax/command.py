@@ -29,9 +29,11 @@ from ml_collections import config_flags
 
 from llm_jax import backend
 from llm_jax import config as config_lib
+from llm_jax import distributed
 from llm_jax import errors
+from llm_jax import peers
 
-USAGE_ERROR = 2  # the exit code of a command that was called wrongly
+USAGE_ERROR = peers.USAGE_ERROR  # the exit code of a command that was called wrongly
 
 
 def define_config() -> None:
@@ -231,13 +233,21 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 def exit_with(error: Exception) -> typing.NoReturn:
     """Prints one line to stderr and exits with the usage-error code."""
-    text = " ".join(str(error).split())
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    sys.exit(USAGE_ERROR)
+    peers.say(f"error: {error}")
+    sys.exit(peers.USAGE_ERROR)
+
+
+def define_processes() -> None:
+    """Defines the flags of a command that several processes may run together."""
+    distributed.define_flags()
 
 
 def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`. A UserError ends the process with one line and code 2."""
+    """Parses the flags and runs `main`. A UserError ends the process with one line and code 2.
+
+    Where `define_flags` has called `define_processes`, the processes of the run are joined first;
+    then they end together (`peers`).
+    """
     define_flags()
     # Third-party start-up chatter (TensorFlow's CPU feature notes, gRPC's fork warnings).
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -252,15 +262,27 @@ def run(main: Callable[[], int | None], define_flags: Callable[[], None]) -> Non
         logging.use_python_logging(quiet=True)
         _log_to_stderr()
         try:
-            sys.exit(main() or 0)
-        except errors.UserError as error:
-            exit_with(error)
+            if "coordinator_address" in flags.FLAGS:
+                distributed.start()
+                _log_to_stderr()
+            code = main() or 0
+            distributed.finish()
+        except BaseException as error:
+            if distributed.is_running():
+                distributed.fail(error)
+            if isinstance(error, errors.UserError):
+                exit_with(error)
+            raise
+        sys.exit(code)
 
     app.run(guarded, flags_parser=_parse_flags)
 
 
 def _log_to_stderr() -> None:
-    """Lines of our own, short; of others (Orbax logs each file), warnings alone."""
+    """Lines of our own, short; of others (Orbax logs each file), warnings alone.
+
+    Of several processes the first one logs; the others warn, with their number in front.
+    """
     import logging as std_logging
 
     root = std_logging.getLogger()
@@ -268,7 +290,10 @@ def _log_to_stderr() -> None:
     for handler in list(root.handlers):
         root.removeHandler(handler)
     handler = std_logging.StreamHandler(sys.stderr)
-    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    is_main = distributed.is_main()
+    who = "" if is_main else f"process {distributed.process_id()}: "
+    handler.setFormatter(std_logging.Formatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
     root.addHandler(handler)
     std_logging.getLogger("absl").setLevel(std_logging.WARNING)
-    std_logging.getLogger("llm_jax").setLevel(std_logging.INFO)
+    level = std_logging.INFO if is_main else std_logging.WARNING
+    std_logging.getLogger("llm_jax").setLevel(level)

@@ -17,6 +17,7 @@ import jax
 from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import config as config_lib
+from llm_jax import distributed
 from llm_jax import losses
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
@@ -84,12 +85,14 @@ def format_scores(scores: dict[str, float]) -> str:
 def define_flags() -> None:
     command.define_workdir("Folder of the run to score.")
     flags.DEFINE_string("step", None, "Checkpoint: its step, or `best`; the latest if not given.")
+    command.define_processes()
 
 
 def main() -> None:
     step = checkpoint.parse_step(flags.FLAGS.step)
     scores = checkpoint.read_latest(command.required("workdir"), step, score)
-    print(json.dumps(scores))
+    if distributed.is_main():
+        print(json.dumps(scores))
 
 
 def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
@@ -101,8 +104,10 @@ def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
     with jax.set_mesh(mesh):
         abstract = build.abstract_model(config.model, rules)
         model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
+        prepared = prepare.prepare(config)
+        prepare.check_same(prepared)
         evaluator = Evaluator(
-            prepare.prepare(config).eval,
+            prepared.eval,
             config,
             jax.sharding.NamedSharding(mesh, rules.act("BT")),
             train_step.make_eval_step(config),

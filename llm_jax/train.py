@@ -4,12 +4,14 @@ Run it again with the same workdir to go on from the latest checkpoint. SIGTERM 
 """
 
 from collections.abc import Iterator
+import functools
 import json
 import logging
 import math
 import signal
 import time
 import typing
+import uuid
 
 from etils import epath
 import jax
@@ -19,6 +21,7 @@ from llm_jax import backend
 from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import config as config_lib
+from llm_jax import distributed
 from llm_jax import errors
 from llm_jax import evaluate
 from llm_jax import flops
@@ -41,18 +44,23 @@ class NonFiniteError(errors.UserError):
 
 
 class Preemption:
-    """Notes a SIGTERM, so that the loop can save before it ends."""
+    """Notes a SIGTERM, to this process or to another one, so that all can save before they end."""
 
     def __init__(self):
         self._is_requested = False
-        signal.signal(signal.SIGTERM, self._request)
+        self._count = 0
+        if distributed.is_running():
+            distributed.watch_preemption()
+        else:
+            signal.signal(signal.SIGTERM, self._request)
 
     def _request(self, *_):
         self._is_requested = True
 
     def is_requested(self) -> bool:
-        """Returns whether to save and stop now."""
-        return self._is_requested
+        """Returns whether to save and stop now; call it once a step. The same on all processes."""
+        self._count += 1
+        return self._is_requested or distributed.is_preempted(self._count)
 
 
 def train(config: config_lib.RunConfig, workdir: str) -> train_step.TrainState:
@@ -67,15 +75,51 @@ def train(config: config_lib.RunConfig, workdir: str) -> train_step.TrainState:
     backend.enable_compilation_cache(config.compilation_cache)
     mesh = mesh_lib.make(config.mesh)
     sharding.check(config, mesh)
+    _check_shared(workdir)
+    distributed.on_loss(functools.partial(_describe_saved, workdir))
     prepared = prepare.prepare(config)
+    prepare.check_same(prepared)
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh, prepared)
         _write_config(config, workdir)  # not before: a config that is refused leaves the run's own
         return run.train()
 
 
+def _check_shared(workdir: str) -> None:
+    """Checks that all processes see the same workdir; UserError names those that do not."""
+    name = distributed.gather(f".shared-{uuid.uuid4().hex}")[0]
+    path = epath.Path(workdir) / name
+    if distributed.num_processes() == 1:
+        return
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    distributed.gather("written")
+    sees = distributed.gather(path.exists())
+    if distributed.is_main():
+        path.unlink()
+    if not all(sees):
+        blind = ", ".join(str(index) for index, is_seen in enumerate(sees) if not is_seen)
+        raise errors.UserError(
+            f"--workdir={workdir} is not the same folder for all processes (process {blind} does not"
+            " see what process 0 writes there): use gs://, or a disk that all hosts share"
+        )
+
+
+def _describe_saved(workdir: str) -> str:
+    """Returns what a run can go on from, for the line that ends it when a process is lost."""
+    folder = checkpoint.directory(workdir)
+    saved = checkpoint.steps(folder)
+    if not saved:
+        return f"no checkpoint was saved in {folder}: start all processes again to begin anew"
+    return (
+        f"step {saved[-1]} in {folder} is the last checkpoint: start all processes again with the"
+        " same command to go on from it"
+    )
+
+
 def _write_config(config: config_lib.RunConfig, workdir: str) -> None:
-    if jax.process_index() == 0:
+    if distributed.is_main():
         path = epath.Path(workdir) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config_lib.to_dict(config), indent=2))
@@ -95,7 +139,7 @@ class Run:
         self._config, self._workdir = config, workdir
         self._train_cache = prepared.train
         self._batch_sharding = jax.sharding.NamedSharding(mesh, rules.act("BT"))
-        self._is_main = jax.process_index() == 0
+        self._is_main = distributed.is_main()
         self._is_profiling = False
         self._terminal = metrics_lib.Terminal()
         self._checkpoints = checkpoint.Checkpoints(workdir, config, prepared.tokenizer.to_dict())
@@ -246,7 +290,9 @@ class Run:
         self._throughput.resume()
 
     def _profile(self, step: int) -> None:
-        if not self._config.profile:
+        # Of several processes the first alone: traces of one machine would take the same names, and
+        # the hosts of a pod do the same.
+        if not (self._config.profile and self._is_main):
             return
         # Runs that end before are traced from their first step.
         first = self._first_step + 1
@@ -276,6 +322,7 @@ def _is_finite(tree: typing.Any) -> jax.Array:
 def define_flags() -> None:
     command.define_config()
     command.define_workdir("Folder of the run (checkpoints, metrics, config), local or gs://.")
+    command.define_processes()
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def read_arrays(
       DamagedError: they cannot be read, or are not those that were saved.
     """
     args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-    with meta_lib.telling_damage():
+    with meta_lib.damage_agreed(), meta_lib.telling_damage():
         arrays = meta_lib.checkpointer().restore(step_dir, args=ocp.args.Composite(**args))
         arrays = {name: arrays[name] for name in targets}
     for path, value in trees.fingerprints(arrays).items():

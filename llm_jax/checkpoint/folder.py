@@ -8,6 +8,7 @@ from typing import TypeVar
 from etils import epath
 import orbax.checkpoint as ocp
 
+from llm_jax import distributed
 from llm_jax import errors
 from llm_jax.checkpoint import meta as meta_lib
 
@@ -58,7 +59,7 @@ def read_latest(
       errors.UserError: there is no such checkpoint, or it is damaged; says which there are.
     """
     checkpoint_dir = directory(workdir)
-    known = steps(checkpoint_dir)
+    known = distributed.gather(steps(checkpoint_dir))[0]
     if not known:
         raise errors.UserError(f"--workdir={workdir} has no checkpoints under {checkpoint_dir}")
     if step == BEST:
@@ -69,10 +70,12 @@ def read_latest(
         candidates = [step]
     else:
         raise errors.UserError(f"--step={step}: {checkpoint_dir} has steps {known}")
-    for candidate in candidates:
+    for candidate in distributed.gather(candidates)[0]:
         step_dir = checkpoint_dir / str(candidate)
         try:
-            return read(step_dir, meta_lib.read_meta(step_dir))
+            with meta_lib.damage_agreed():
+                meta = meta_lib.read_meta(step_dir)
+            return read(step_dir, meta)
         except meta_lib.DamagedError as error:
             _LOG.warning("checkpoint %s is damaged and left out: %s", step_dir, error)
     raise errors.UserError(f"no checkpoint asked for under {checkpoint_dir} is whole (see above)")

@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llm_jax import config as config_lib
+from llm_jax import distributed
 from llm_jax import errors
 from llm_jax import trees
 from llm_jax.checkpoint import arrays as arrays_lib
@@ -121,11 +122,13 @@ class Checkpoints:
         params, training = contents.split(state)
         targets = arrays_lib.on_mesh({"params": params, "training": training}, mesh)
         damaged = []
-        for step in reversed(self._manager.all_steps()):
+        # Of several processes the first one says what there is: a disk may show others less yet.
+        for step in distributed.gather(sorted(self._manager.all_steps(), reverse=True))[0]:
             step_dir = self._directory / str(step)
             try:
-                meta = meta_lib.read_meta(step_dir)
-                saved, _ = contents.read(step_dir, meta)
+                with meta_lib.damage_agreed():
+                    meta = meta_lib.read_meta(step_dir)
+                    saved, _ = contents.read(step_dir, meta)
                 wanted = contents.of_tree(targets)
                 mismatches = mismatch.compare(saved, wanted, meta.config, self._config)
                 mismatch.check_resumable(meta, self._config, self._tokenizer, mismatches)

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 import llm_jax
 from llm_jax import config as config_lib
+from llm_jax import distributed
 from llm_jax import errors
 
 FORMAT_VERSION = 1
@@ -179,8 +180,35 @@ def _checksum(raw: dict[str, Any]) -> str:
 
 
 def checkpointer() -> ocp.Checkpointer:
-    """Returns what reads the parts of one step."""
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    """Returns what reads the parts of one step.
+
+    It waits for no other process: damage may be seen by one of them alone (`damage_agreed`).
+    """
+    this = distributed.process_id()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+    composite = ocp.CompositeOptions(multiprocessing_options=options)
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(composite_options=composite),
+        multiprocessing_options=options,
+    )
+
+
+@contextlib.contextmanager
+def damage_agreed() -> Iterator[None]:
+    """Makes a DamagedError of one process one of all, so that all turn to the same checkpoint."""
+    damage = None
+    try:
+        yield
+    except DamagedError as error:
+        damage = error
+    seen = distributed.gather(None if damage is None else str(damage))
+    if damage is not None:
+        raise damage
+    for index, text in enumerate(seen):
+        if text is not None:
+            raise DamagedError(f"process {index}: {text}")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import numpy as np
 import tqdm
 
 from llm_jax import config as config_lib
+from llm_jax import distributed
 from llm_jax import errors
 from llm_jax.data import file_lock
 from llm_jax.data import sources
@@ -72,6 +73,24 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
         train=_prepare_split(data, data.train_split, tokenizer),
         eval=_prepare_split(data, data.eval_split, tokenizer),
         tokenizer=tokenizer,
+    )
+
+
+def check_same(prepared: Prepared) -> None:
+    """Checks that all processes of a run have prepared the same; each of them must call it.
+
+    Hosts that share no disk tokenise each for itself, from documents that may differ.
+
+    Raises:
+      errors.UserError: they have not; names the process and its cache.
+    """
+    manifests = (prepared.train.manifest, prepared.eval.manifest)
+    distributed.check_same(
+        "the data",
+        [manifest.sha256[token_cache.TOKENS_FILE] for manifest in manifests]
+        + [prepared.tokenizer.fingerprint()],
+        "data.source and data.tokenizer must name the same files on every host; see"
+        f" {prepared.train.path}",
     )
 
 
@@ -153,7 +172,9 @@ def tokenized(
       errors.UserError: a document that the tokenizer refuses; says which.
     """
     num_documents = num_tokens = num_bytes = 0
-    with tqdm.tqdm(desc=progress, unit=" documents", disable=None) as bar:
+    # None: shown on a terminal alone; of several processes the first shows it.
+    is_hidden = None if distributed.is_main() else True
+    with tqdm.tqdm(desc=progress, unit=" documents", disable=is_hidden) as bar:
         for chunk in _chunks(documents):
             for ids, size in zip(
                 _encode(chunk, tokenizer, num_documents), map(_num_bytes, chunk), strict=True
