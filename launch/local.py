@@ -91,7 +91,7 @@ class Group:
           0, or the exit code of the first that failed.
         """
         code, deadline = 0, None
-        while any(process.poll() is None for process in self.processes):
+        while None in [process.poll() for process in self.processes]:
             code = code or self._failure()
             if code and deadline is None:
                 deadline = time.monotonic() + grace

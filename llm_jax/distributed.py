@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 import typing
 from typing import Any
@@ -35,7 +36,7 @@ _CLUSTERS = (
     clusters.GceTpuCluster,
 )
 _MEETING_SECONDS = 300  # hosts of a slice boot within minutes of each other
-_BACKSTOP_SECONDS = 60  # JAX's heartbeats wait this much longer than ours, which say more
+_BACKSTOP_SECONDS = 30  # JAX's heartbeats wait this much longer than ours, which say more
 _MIN_HEARTBEAT_TIMEOUT = 5
 _GATHER = "llm_jax/gather"
 _TOLD_TO_END = 128 + signal.SIGTERM
@@ -111,6 +112,16 @@ def _join(place: _Place, timeout: int) -> None:
     _watch = peers.Watch(_client(), process_id(), num_processes(), address, timeout)
     _watch.start()
     signal.signal(signal.SIGTERM, _end_at_once)
+    if jax.default_backend() == "cpu":
+        _keep_stdout_clean()
+
+
+def _keep_stdout_clean() -> None:
+    """Keeps Gloo's greetings, which C++ prints, out of what a command prints for programs to read."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
 
 def _did_not_meet(who: str, meeting: str) -> typing.NoReturn:

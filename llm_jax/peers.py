@@ -38,6 +38,7 @@ _QUICK_BEATS = 10  # missed ones that suffice once something has failed
 _GRACE_SECONDS = 3.0  # for a process to end by the same error as the one that told of it
 _DESCRIBE_SECONDS = 10.0  # for listing what is saved; a bucket may not answer
 _CONNECT_SECONDS = 3.0
+_POST_SECONDS = 3.0
 
 _ALIVE, _NEWS = "llm_jax/alive", "llm_jax/news"
 
@@ -69,6 +70,13 @@ def on_abort(handle: Callable[[], None]) -> None:
     libc.signal(signal.SIGABRT, ctypes.cast(callback, ctypes.c_void_p))
 
 
+def _within(seconds: float, act: Callable[[], Any]) -> None:
+    """Calls `act`, and goes on without it after so long."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
 class Watch:
     """Signs of life of this process, and the eyes on those of the others.
 
@@ -86,6 +94,7 @@ class Watch:
         self._timeout = timeout
         self._every = max(_BEAT_SECONDS, num_processes / _PROCESSES_PER_SECOND)
         self._seen = {name: ("", time.monotonic()) for name in self._others}
+        self._silent: set[str] = set()
         self._stopping, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="llm_jax peers", daemon=True)
 
@@ -123,7 +132,13 @@ class Watch:
         return {key.removeprefix(folder + "/"): text for key, text in entries}
 
     def _post(self, kind: str, text: str) -> None:
-        self._client.key_value_set(f"{_NEWS}/{kind}/{self._id:06}", text, True)
+        """Tells the others, if the service still answers; else they have lost process 0 anyway."""
+
+        def post():
+            with contextlib.suppress(RuntimeError):
+                self._client.key_value_set(f"{_NEWS}/{kind}/{self._id:06}", text, True)
+
+        _within(_POST_SECONDS, post)
 
     def _with_losses(self, news: dict[str, str]) -> dict[str, str]:
         """Adds to the news which processes have gone silent, if any has."""
@@ -134,17 +149,20 @@ class Watch:
         is_troubled = any(name.startswith("trouble/") for name in news)
         limit = min(self._timeout, _QUICK_BEATS * self._every) if is_troubled else self._timeout
         has_left = {name.removeprefix("left/") for name in news if name.startswith("left/")}
-        silent = [name for name, (_, since) in self._seen.items() if now - since > limit]
-        lost = ", ".join(str(int(name)) for name in silent if name not in has_left)
+        silent = {name for name, (_, since) in self._seen.items() if now - since > limit}
+        self._silent = silent - has_left
+        lost = ", ".join(str(int(name)) for name in sorted(self._silent))
         if not lost:
             return news
+        names = f"process {lost} was" if len(self._silent) == 1 else f"processes {lost} were"
+        lost = f"{names} lost: no sign of life for {limit:.0f} s"
         self._post("lost", lost)
         return news | {"lost/000000": lost}
 
     def _heed(self, news: dict[str, str]) -> None:
         lost = [text for name, text in news.items() if name.startswith("lost/")]
         if lost:
-            self._end(f"process {lost[0]} was lost: no sign of life for too long")
+            self._end(lost[0])
         failed = {name: text for name, text in news.items() if name.startswith("failed/")}
         if failed and f"failed/{self._id:06}" not in failed:
             # An error of all processes (a bad setting, a loss that is NaN) is told by each itself.
@@ -166,21 +184,14 @@ class Watch:
 
     def _state(self) -> str:
         said = ["what is saved could not be listed; start all processes again"]
-
-        def describe():
-            said[0] = self.describe()
-
-        thread = threading.Thread(target=describe, daemon=True)
-        thread.start()
-        thread.join(_DESCRIBE_SECONDS)
-        return said[0]
+        _within(_DESCRIBE_SECONDS, lambda: said.append(self.describe()))
+        return said[-1]
 
     def _leave(self, code: int) -> typing.NoReturn:
         """Ends the process; process 0 last, as the others are aborted when it goes."""
-        with contextlib.suppress(RuntimeError):  # the service is gone: so is process 0
-            self._post("left", "")
-            if self._id == 0:
-                self._wait_for_others()
+        self._post("left", "")
+        if self._id == 0:
+            self._wait_for_others()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -189,9 +200,7 @@ class Watch:
         deadline = time.monotonic() + 2 * self._every + _GRACE_SECONDS + _DESCRIBE_SECONDS
         while time.monotonic() < deadline:
             news = self._read(_NEWS)
-            lost = [text for name, text in news.items() if name.startswith("lost/")]
-            gone = {f"{int(name):06}" for text in lost for name in text.split(", ")}
-            if all(f"left/{name}" in news or name in gone for name in self._others):
+            if all(f"left/{name}" in news or name in self._silent for name in self._others):
                 return
             time.sleep(0.1)
 
@@ -209,8 +218,7 @@ class Watch:
             self._fail(code if is_number else FAILURE, f"it was told to end ({text})")
         # What a collective raises when a process is gone differs by platform and by version. So
         # whatever it is, first see whether all are there: the thread ends this process if not.
-        with contextlib.suppress(RuntimeError):
-            self._post("trouble", text)
+        self._post("trouble", text)
         time.sleep((_QUICK_BEATS + 2) * self._every)
         self._take_the_end()
         trace = "".join(traceback.format_exception(error))
@@ -222,8 +230,7 @@ class Watch:
         self._ending.acquire()
 
     def _fail(self, code: int, text: str) -> typing.NoReturn:
-        with contextlib.suppress(RuntimeError):
-            self._post("failed", text)
+        self._post("failed", text)
         self._leave(code)
 
     def _aborted(self) -> None:

@@ -388,16 +388,19 @@ def test_command_ends_with_one_line(argv, part, tmp_path):
 
 # --- the set of flags -------------------------------------------------------------------------
 
+PROCESSES = {"coordinator_address", "num_processes", "process_id", "heartbeat_timeout"}
+
 
 @pytest.mark.parametrize(
     "module, wanted",
     [
-        ("llm_jax.train", {"config", "workdir"}),
+        ("llm_jax.train", {"config", "workdir"} | PROCESSES),
         ("llm_jax.prepare", {"config"}),
-        ("llm_jax.evaluate", {"workdir", "step"}),
+        ("llm_jax.evaluate", {"workdir", "step"} | PROCESSES),
         (
             "llm_jax.sampling.__main__",
-            {
+            PROCESSES
+            | {
                 "workdir",
                 "step",
                 "prompt",

@@ -15,6 +15,7 @@ from absl import flags
 
 from llm_jax import checkpoint
 from llm_jax import command
+from llm_jax import distributed
 from llm_jax import errors
 from llm_jax.sampling import generate
 from llm_jax.sampling import load
@@ -23,6 +24,7 @@ from llm_jax.sampling import samplers
 
 def define_flags() -> None:
     """Defines the flags; their defaults are those of `samplers.SamplingParams`."""
+    command.define_processes()
     command.define_workdir("Folder of the run whose checkpoint is loaded.")
     flags.DEFINE_string("step", None, "Checkpoint: its step, or `best`; the latest if not given.")
     flags.DEFINE_string("prompt", None, "Text to continue.")
@@ -46,7 +48,8 @@ def main() -> None:
         **{f.name: getattr(given, f.name) for f in dataclasses.fields(samplers.SamplingParams)}
     )
     loaded = load.load(command.required("workdir"), checkpoint.parse_step(given.step), given.tensor)
-    is_streaming = given.output is None and len(prompts) * given.num_samples == 1
+    is_main = distributed.is_main()
+    is_streaming = is_main and given.output is None and len(prompts) * given.num_samples == 1
     completions = generate.generate(
         loaded,
         prompts,
@@ -57,6 +60,10 @@ def main() -> None:
         batch_size=given.batch_size,
         on_text=_print_now if is_streaming else None,
     )
+    if not is_main:
+        for _ in completions:  # text is made as it is read, by all processes together
+            pass
+        return
     if given.output is not None:
         _write(pathlib.Path(given.output), completions, loaded.step)
         return

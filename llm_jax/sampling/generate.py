@@ -7,6 +7,7 @@ import dataclasses
 import zlib
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
@@ -262,17 +263,24 @@ def _run(
     state = decode.prefill(
         model, tokens_BT, starts_B, keys_B, params=params, num_slots=num_slots, **ids
     )
-    for row, token in zip(rows, jax.device_get(state.last_B)):
+    for row, token in zip(rows, _fetch(state.last_B)):
         row.feed(int(token))
     remaining = max_tokens - 1
     while remaining > 0 and any(row.finish_reason is None for row in rows):
         state, tokens_NB = decode.decode(model, state, params=params, num_tokens=chunk, **ids)
-        for tokens_B in jax.device_get(tokens_NB)[:remaining]:
+        for tokens_B in _fetch(tokens_NB)[:remaining]:
             for row, token in zip(rows, tokens_B):
                 row.feed(int(token))
         remaining -= chunk
     for row in rows:
         row.finish("length")
+
+
+def _fetch(tokens: jax.Array) -> np.ndarray:
+    """Returns tokens of the whole batch, also where other processes hold some of its rows."""
+    if tokens.is_fully_addressable:
+        return jax.device_get(tokens)
+    return multihost_utils.process_allgather(tokens, tiled=True)
 
 
 def _inputs(loaded: load.Loaded, rows: list[_Row]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -291,4 +299,6 @@ def _inputs(loaded: load.Loaded, rows: list[_Row]) -> tuple[jax.Array, jax.Array
         spec = loaded.model.rules.act(dims)
         return jax.device_put(x, jax.sharding.NamedSharding(loaded.mesh, spec))
 
-    return place(tokens_BT, "BS"), place(starts_B, "B"), place(jnp.stack(keys), "B")
+    # Through the host, as every process can put a numpy array on a mesh of all.
+    key_data_B2 = place(np.asarray(jax.random.key_data(jnp.stack(keys))), "B")
+    return place(tokens_BT, "BS"), place(starts_B, "B"), jax.random.wrap_key_data(key_data_B2)
