@@ -44,7 +44,7 @@ class Group:
         stderr: IO[str],
     ):
         """Starts them; see `start`."""
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         self.processes: list[subprocess.Popen] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -134,7 +134,8 @@ def start(
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of this machine that nothing listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

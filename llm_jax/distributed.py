@@ -173,7 +173,7 @@ def _from_environment() -> _Place | None:
     """Returns the place that JAX finds in a TPU slice or a job, or None outside of one."""
     try:
         kind = next((kind for kind in _CLUSTERS if kind.is_env_present()), None)
-        if kind is None or kind.get_process_count() == 1:
+        if kind is None or _is_single_on_gke(kind) or kind.get_process_count() == 1:
             return None
         meeting = f"the address that JAX has from {kind.name}"
         arguments = {"cluster_detection_method": kind.name}
@@ -184,6 +184,16 @@ def _from_environment() -> _Place | None:
             " TPU_SKIP_MDS_QUERY=1; on a slice of several give --coordinator_address,"
             " --num_processes and --process_id"
         ) from error
+
+
+def _is_single_on_gke(kind: type[clusters.ClusterEnv]) -> bool:
+    """Returns whether a single TPU host shows by its environment, without a metadata server.
+
+    JAX would ask one for slices, which takes seconds where it has no answer and fails in a container
+    that has none. On GKE they are in the environment.
+    """
+    is_gke = kind is clusters.GkeTpuCluster and not os.environ.get("MEGASCALE_NUM_SLICES")
+    return is_gke and len(kind._get_worker_list_in_slice()) == 1
 
 
 # --- who and how many ---------------------------------------------------------------------------
