@@ -172,20 +172,23 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
     arguments = _arguments(argv)
+    group: Group | None = None
+    received: list[int] = []
+
+    def pass_on(number: int, _) -> None:
+        received.append(number)
+        if group is not None:
+            group.send(number if len(received) == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
     group = start(
         arguments.command,
         num_processes=arguments.num_processes,
         devices_per_process=arguments.devices_per_process,
     )
-    num_signals = 0
-
-    def pass_on(number: int, _) -> None:
-        nonlocal num_signals
-        num_signals += 1
-        group.send(number if num_signals == 1 else signal.SIGKILL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for number in received:  # while they were being started
+        group.send(number)
     return group.wait(arguments.grace)
 
 

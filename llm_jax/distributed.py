@@ -18,8 +18,10 @@ import sys
 import time
 import typing
 from typing import Any
+import uuid
 
 from absl import flags
+from etils import epath
 import jax
 from jax._src import clusters
 from jax._src import distributed as jax_distributed  # its client is public nowhere; Orbax reads it
@@ -257,6 +259,30 @@ def check_same(what: str, value: Any, advice: str) -> None:
                 f"{what} of process {index} is not that of process 0 ({other} and {values[0]}):"
                 f" {advice}"
             )
+
+
+def check_shared(workdir: str) -> None:
+    """Checks that all processes see the same folder. All must call it.
+
+    Raises:
+      errors.UserError: on all processes, if they do not; names those that see another.
+    """
+    if num_processes() == 1:
+        return
+    path = epath.Path(workdir) / gather(f".shared-{uuid.uuid4().hex}")[0]
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    gather("written")
+    sees = gather(path.exists())
+    if is_main():
+        path.unlink()
+    if not all(sees):
+        blind = ", ".join(str(index) for index, is_seen in enumerate(sees) if not is_seen)
+        raise errors.UserError(
+            f"--workdir={workdir} is not the same folder for all processes ({blind} does not see"
+            " what process 0 writes there): use gs://, or a disk that all hosts share"
+        )
 
 
 # --- ending -------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import math
 import signal
 import time
 import typing
-import uuid
 
 from etils import epath
 import jax
@@ -75,7 +74,7 @@ def train(config: config_lib.RunConfig, workdir: str) -> train_step.TrainState:
     backend.enable_compilation_cache(config.compilation_cache)
     mesh = mesh_lib.make(config.mesh)
     sharding.check(config, mesh)
-    _check_shared(workdir)
+    distributed.check_shared(workdir)
     distributed.on_loss(functools.partial(_describe_saved, workdir))
     prepared = prepare.prepare(config)
     prepare.check_same(prepared)
@@ -83,27 +82,6 @@ def train(config: config_lib.RunConfig, workdir: str) -> train_step.TrainState:
         run = Run(config, workdir, mesh, prepared)
         _write_config(config, workdir)  # not before: a config that is refused leaves the run's own
         return run.train()
-
-
-def _check_shared(workdir: str) -> None:
-    """Checks that all processes see the same workdir; UserError names those that do not."""
-    name = distributed.gather(f".shared-{uuid.uuid4().hex}")[0]
-    path = epath.Path(workdir) / name
-    if distributed.num_processes() == 1:
-        return
-    if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    distributed.gather("written")
-    sees = distributed.gather(path.exists())
-    if distributed.is_main():
-        path.unlink()
-    if not all(sees):
-        blind = ", ".join(str(index) for index, is_seen in enumerate(sees) if not is_seen)
-        raise errors.UserError(
-            f"--workdir={workdir} is not the same folder for all processes (process {blind} does not"
-            " see what process 0 writes there): use gs://, or a disk that all hosts share"
-        )
 
 
 def _describe_saved(workdir: str) -> str:

@@ -179,22 +179,29 @@ def _environment(scenario: str, **changes: str) -> dict[str, str]:
     return kept | {"SCENARIO": scenario, "PYTHONPATH": str(ROOT)} | changes
 
 
-def _run(scenario: str) -> tuple[list[int], str, str]:
+def _run(scenario: str, **changes: str) -> tuple[list[int], str, str]:
     """Returns the exit codes of two processes and what they printed."""
     out, err = io.StringIO(), io.StringIO()
     group = local.start(
-        WORKER, num_processes=2, environment=_environment(scenario), stdout=out, stderr=err
+        WORKER,
+        num_processes=2,
+        environment=_environment(scenario, **changes),
+        stdout=out,
+        stderr=err,
     )
     group.wait(grace=40)
     return [process.returncode for process in group.processes], out.getvalue(), err.getvalue()
 
 
-def test_processes_agree_and_the_others_hear_why_one_failed():
-    codes, out, err = _run("agreeing")
+def test_processes_agree_and_the_others_hear_why_one_failed(tmp_path):
+    codes, out, err = _run("agreeing", FOLDER=str(tmp_path))
     assert codes == [peers.LOST_PEER, 1], err
     for index in range(2):
         assert f"[{index}] the sea of process 1 is not that of process 0 (colour 1 and" in out
-    assert "Gloo" not in out
+        assert f"[{index}] the data of process 1 is not that of process 0" in out
+        assert f"[{index}] --workdir={tmp_path}/{index} is not the same folder for all" in out
+    assert out.count("\n") == 6, out  # and no greetings of Gloo's
+    assert not list(tmp_path.glob(".shared-*"))
     assert "[1] process 1: KeyError: 'broken on purpose'" in err
     (line,) = [line for line in err.splitlines() if line.startswith("[0]")]
     assert line.startswith("[0] error: process 1 failed: KeyError: 'broken on purpose'; 2 fingers")

@@ -1,14 +1,17 @@
 """A command that several processes run together, small enough to start fast: `SCENARIO` says what."""
 
 import os
+import pathlib
 import sys
 import time
 
 from absl import flags
 
 from llm_jax import command
+from llm_jax import config as config_lib
 from llm_jax import distributed
 from llm_jax import errors
+from llm_jax.data import prepare
 
 
 def agreeing() -> None:
@@ -23,11 +26,36 @@ def agreeing() -> None:
         distributed.check_same("the sea", f"colour {this}", "look again")
     except errors.UserError as error:
         print(error, flush=True)
+    _preparing()
     distributed.on_loss(lambda: f"{count} fingers are saved")
     if this == 1:
         time.sleep(1)
         raise KeyError("broken on purpose")
     distributed.gather("the other never comes")
+
+
+def _preparing() -> None:
+    """Hosts that share no disk: the same documents will do, others and other workdirs will not."""
+    own = pathlib.Path(os.environ["FOLDER"]) / str(distributed.process_id())
+    for name, text in (("same", "a text of all"), ("own", f"a text of {own.name}")):
+        (own / name).mkdir(parents=True)
+        for index in range(3):
+            (own / name / f"{index}.txt").write_text(text * (index + 1))
+
+    def prepared(name):
+        source = config_lib.DataConfig(source=f"text:{own}/{name}/*.txt", cache_dir=str(own))
+        return prepare.prepare(config_lib.RunConfig(data=source))
+
+    prepare.check_same(prepared("same"))
+    distributed.check_shared(os.environ["FOLDER"])
+    for check in (
+        lambda: prepare.check_same(prepared("own")),
+        lambda: distributed.check_shared(str(own)),
+    ):
+        try:
+            check()
+        except errors.UserError as error:
+            print(error, flush=True)
 
 
 def refusing() -> None:
