@@ -40,6 +40,9 @@ _DESCRIBE_SECONDS = 10.0  # for listing what is saved; a bucket may not answer
 _CONNECT_SECONDS = 3.0
 _POST_SECONDS = 3.0
 
+# What JAX's client raises, by the status that it got.
+_NO_ANSWER = (RuntimeError, ValueError)
+
 _ALIVE, _NEWS = "llm_jax/alive", "llm_jax/news"
 
 _kept: list[Any] = []  # ctypes callbacks, which nothing else keeps alive
@@ -121,7 +124,7 @@ class Watch:
                 if self._id == 0:
                     news = self._with_losses(news)
                 answered = time.monotonic()
-            except RuntimeError:  # the service does not answer, or only now and then
+            except _NO_ANSWER:  # the service does not answer, or only now and then
                 if time.monotonic() - answered > self._timeout or not self._is_service_there():
                     self._end(self._without_service())
                 continue
@@ -135,7 +138,7 @@ class Watch:
         """Tells the others, if the service still answers; else they have lost process 0 anyway."""
 
         def post():
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(*_NO_ANSWER):
                 self._client.key_value_set(f"{_NEWS}/{kind}/{self._id:06}", text, True)
 
         _within(_POST_SECONDS, post)
