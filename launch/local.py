@@ -22,7 +22,7 @@ import threading
 import time
 from typing import IO
 
-GRACE_SECONDS = 60.0
+GRACE_SECONDS = 150.0  # longer than a process waits for signs of life (--heartbeat_timeout)
 _POLL_SECONDS = 0.05
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 

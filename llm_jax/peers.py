@@ -6,10 +6,14 @@ gives signs of life through JAX's coordination service, and process 0 looks who 
 
 - A process that is lost (killed, or its host is gone) ends the others with one line: which it was,
   what is saved and what to do, and exit code `LOST_PEER`. That takes the heartbeat timeout, and
-  `_QUICK_BEATS` where a collective has failed at once (gloo's do; a TPU's wait).
+  `_QUICK_BEATS` where a collective has failed at once (Gloo's do; a TPU's wait).
 - A process that fails says why first, and the others repeat it.
-- Process 0 takes the coordination service with it, and JAX aborts the others within a second. Their
-  last words are in a handler of SIGABRT, behind JAX's own.
+- Process 0 takes the coordination service with it, and JAX aborts the others: within a second if it
+  was killed, after its own heartbeat timeout if its host went silent. Their last words are in a
+  handler of SIGABRT, behind JAX's own. (JAX has a hook for a callback; one in Python cannot be
+  called, as jaxlib has no way to convert its argument.)
+
+All of it takes at most the heartbeat timeout and a minute.
 """
 
 from collections.abc import Callable
@@ -48,11 +52,18 @@ _ALIVE, _NEWS = "llm_jax/alive", "llm_jax/news"
 _kept: list[Any] = []  # ctypes callbacks, which nothing else keeps alive
 
 
+def _print(text: str) -> None:
+    # A pipe that nobody reads any more must not keep a process from its end.
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 def say(line: str) -> None:
     """Prints one line to stderr, whatever thread or state the process is in."""
-    sys.stdout.flush()
-    sys.stderr.write(" ".join(line.split()) + "\n")
-    sys.stderr.flush()
+    _print(" ".join(line.split()) + "\n")
 
 
 def on_abort(handle: Callable[[], None]) -> None:
@@ -194,9 +205,9 @@ class Watch:
         """Ends the process; process 0 last, as the others are aborted when it goes."""
         self._post("left", "")
         if self._id == 0:
-            self._wait_for_others()
-        sys.stdout.flush()
-        sys.stderr.flush()
+            with contextlib.suppress(*_NO_ANSWER):  # being aborted, it has no client any more
+                self._wait_for_others()
+        _print("")
         os._exit(code)
 
     def _wait_for_others(self) -> None:
@@ -225,7 +236,7 @@ class Watch:
         time.sleep((_QUICK_BEATS + 2) * self._every)
         self._take_the_end()
         trace = "".join(traceback.format_exception(error))
-        sys.stderr.write("".join(f"{self._prefix()}{line}\n" for line in trace.splitlines()))
+        _print("".join(f"{self._prefix()}{line}\n" for line in trace.splitlines()))
         self._fail(FAILURE, text)
 
     def _take_the_end(self) -> None:
