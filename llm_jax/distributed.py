@@ -175,7 +175,7 @@ def _from_environment() -> _Place | None:
     """Returns the place that JAX finds in a TPU slice or a job, or None outside of one."""
     try:
         kind = next((kind for kind in _CLUSTERS if kind.is_env_present()), None)
-        if kind is None or _is_single_on_gke(kind) or kind.get_process_count() == 1:
+        if kind is None or _is_single_on_gke(kind):
             return None
         meeting = f"the address that JAX has from {kind.name}"
         arguments = {"cluster_detection_method": kind.name}

@@ -4,7 +4,9 @@ import io
 import os
 import pathlib
 import random
+import signal
 import sys
+import threading
 import time
 
 import jax
@@ -18,6 +20,7 @@ from tests import helpers
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEARTBEAT_TIMEOUT = 20  # seconds
+END_SECONDS = 240  # after which a command hangs, for all that tests know
 
 CONFIG = """
 from llm_jax import config
@@ -82,8 +85,11 @@ class Run:
             time.sleep(0.005)
 
     def end(self) -> list[int]:
-        """Waits for all, at most some minutes after the first failure; returns the exit codes."""
-        self._group.wait(grace=120)
+        """Waits for all, and kills those that hang; returns the exit codes."""
+        timer = threading.Timer(END_SECONDS, self._group.send, [signal.SIGKILL])
+        timer.start()
+        self._group.wait(grace=END_SECONDS)
+        timer.cancel()
         return [process.returncode for process in self.processes]
 
     def finish(self) -> "Run":
