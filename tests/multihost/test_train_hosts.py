@@ -54,6 +54,8 @@ def test_hosts_of_which_one_is_told_to_end_leave_a_run_that_one_process_goes_on_
     helpers.assert_close(state.model, expected.model)
     for name in ("train/loss", "eval/validation/loss"):
         ours, wanted = runs.rows(workdir, name), runs.rows(tmp_path / "whole", name)
+        if name.startswith("eval/"):
+            wanted.pop(last, None)  # a run that is told to end saves, and leaves evaluation out
         assert list(ours) == list(wanted)
         np.testing.assert_allclose(list(ours.values()), list(wanted.values()), 1e-5)
 
