@@ -21,7 +21,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3")
 NORMS = ("rmsnorm", "layernorm")
 NORM_PLACEMENTS = ("pre", "post")
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
-REMATS = ("none", "full", "dots", "attention_output")
+REMATS = ("none", "full", "dots", "attention_output", "offload")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "chunked", "jax_nn", "pallas")
 CROSS_ENTROPIES = ("auto", "reference", "chunked", "pallas")
@@ -75,7 +75,7 @@ class ModelConfig:
     attention: str = "auto"
     attention_chunk: int = 512  # queries scored at a time by the chunked implementation
     scan_layers: bool | None = None  # None: scanned on accelerators, unrolled on a CPU
-    remat: str = "none"
+    remat: str = "none"  # offload: what layers begin with and attention gives waits in host memory
 
     @property
     def kv_heads(self) -> int:
@@ -123,6 +123,7 @@ class OptimConfig:
     muon_momentum: float = 0.95
     clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
     accumulation_steps: int = 1  # microbatches that a step's batch is split into
+    offload_state: bool = False  # moments wait in host memory for their update
 
 
 @dataclasses.dataclass(frozen=True)

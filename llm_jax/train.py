@@ -138,7 +138,8 @@ class Run:
         def init():
             return train_step.init_state(self._config, rules)
 
-        state = self._checkpoints.restore_latest(jax.eval_shape(init), mesh)
+        abstract = train_step.abstract_state(self._config, rules)
+        state = self._checkpoints.restore_latest(abstract, mesh)
         if state is not None:
             self._say(f"resumed from the checkpoint of step {int(state.step)}")
             return state

@@ -50,7 +50,30 @@ def init_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> Train
     model = build.make_model(jax.random.key(config.train.seed), config.model, rules)
     optimizer, _ = _optimizer(config)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, model, optimizer.init(model))
+    opt_state = optimizer.init(model)
+    if config.optim.offload_state:
+        opt_state = _moved(opt_state, jax.memory.Space.Host)
+    return TrainState(zero, zero, model, opt_state)
+
+
+def _moved(opt_state: Any, space: jax.memory.Space) -> Any:
+    """Returns the arrays of an optimiser in a memory space; its counts stay with the device."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
+
+
+def abstract_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> TrainState:
+    """Returns the state before the first step as shapes with places. Call it under a mesh."""
+    state = jax.eval_shape(lambda: init_state(config, rules))
+    if not config.optim.offload_state:
+        return state
+
+    def in_host_memory(leaf):  # shapes that are traced do not tell
+        if not leaf.ndim:
+            return leaf
+        placed = leaf.sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    return dataclasses.replace(state, opt_state=jax.tree.map(in_host_memory, state.opt_state))
 
 
 def token_losses(
@@ -154,7 +177,10 @@ def train_step(
         if config.optim.clip_norm is not None:
             scale = jnp.minimum(1.0, config.optim.clip_norm / (grad_norm + 1e-6))
             grads = jax.tree.map(lambda grad: grad * scale, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        before = state.opt_state
+        if config.optim.offload_state:
+            before = _moved(before, jax.memory.Space.Device)
+        updates, opt_state = optimizer.update(grads, before, state.model)
         model = optax.apply_updates(state.model, updates)
     loss = sums.cross_entropy / jnp.maximum(sums.weight, 1.0)
     num_skipped = state.num_skipped
@@ -164,8 +190,10 @@ def train_step(
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.all(jnp.stack(are_finite))
         keep = functools.partial(jnp.where, is_finite)
         model = jax.tree.map(keep, model, state.model)
-        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        opt_state = jax.tree.map(keep, opt_state, before)
         num_skipped = num_skipped + (~is_finite).astype(jnp.int32)
+    if config.optim.offload_state:
+        opt_state = _moved(opt_state, jax.memory.Space.Host)
     metrics = {
         "train/loss": loss,
         "train/grad_norm": grad_norm,

@@ -41,6 +41,7 @@ def from_nested(target: Any, nested: Mapping[str, Any]) -> Any:
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
+    x = jax.device_put(x, jax.memory.Space.Device)  # from the host's memory, if it is there
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
     # Each element is hashed together with its place, so that an exchange of two shows as well: a

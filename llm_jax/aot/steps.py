@@ -44,7 +44,7 @@ def abstract_batch(
 def abstract_state(config: config_lib.RunConfig) -> train_step_lib.TrainState:
     """Returns what a step updates, as shapes; a mesh must be set."""
     rules = sharding.axis_rules(config.mesh)
-    return jax.eval_shape(lambda: train_step_lib.init_state(config, rules))
+    return train_step_lib.abstract_state(config, rules)
 
 
 def train_step(devices: Sequence[jax.Device], *, config: Mapping[str, Any]) -> jax.stages.Lowered:
@@ -70,8 +70,11 @@ def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
     def placed(leaf):
         # Scalars are made without a place: they are everywhere.
-        spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        spec, memory = PartitionSpec(), None
+        if leaf.sharding is not None:
+            spec, memory = leaf.sharding.spec, leaf.sharding.memory_kind
+        place = NamedSharding(mesh, spec, memory_kind=memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     return jax.tree.map(placed, tree)
 

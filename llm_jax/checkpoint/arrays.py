@@ -17,8 +17,10 @@ def on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
     def on_devices(leaf):
         # A scalar that no sharded array went into carries no sharding: it is replicated.
-        spec = jax.sharding.PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
-        sharding = jax.sharding.NamedSharding(mesh, spec)
+        spec, memory = jax.sharding.PartitionSpec(), None
+        if leaf.sharding is not None:
+            spec, memory = leaf.sharding.spec, leaf.sharding.memory_kind
+        sharding = jax.sharding.NamedSharding(mesh, spec, memory_kind=memory)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(on_devices, tree)

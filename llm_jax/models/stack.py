@@ -4,6 +4,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
@@ -18,6 +19,14 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # With the logsumexp beside it a kernel's backward pass needs no second forward pass.
+    # Layers begin with what would else be kept on the device, so that a backward pass needs no more of it
+    # than of one layer. Copies overlap with the layers around them.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention_logsumexp"],
+        names_which_can_be_offloaded=["block_input", "attention_output"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "attention_output": jax.checkpoint_policies.save_only_these_names(
         "attention_output", "attention_logsumexp"
     ),
@@ -77,6 +86,7 @@ class Stack(nnx.Module):
 
         def body(x_BTD, layer_and_key):
             layer, layer_key = layer_and_key
+            x_BTD = ad_checkpoint.checkpoint_name(x_BTD, "block_input")
             x_BTD, _ = layer(x_BTD, context, layer_key)
             return x_BTD, None
 

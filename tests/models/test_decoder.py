@@ -240,7 +240,9 @@ def _gradients(**changes):
         {"remat": "full"},
         {"remat": "dots"},
         {"remat": "attention_output"},
+        {"remat": "offload"},
         {"remat": "full", "scan_layers": False},
+        {"remat": "offload", "scan_layers": False},
         {"attention": "chunked", "attention_chunk": 5},
         {"attention": "pallas"},
         {"attention": "pallas", "remat": "attention_output"},
@@ -257,7 +259,7 @@ def test_same_loss_and_gradients(changes):
 def test_remat_policies_save_less_and_less(one_device):
     """The bytes that a backward pass keeps: without this, ignoring `remat` would pass above."""
 
-    def residual_bytes(remat):
+    def residual_bytes(remat, space=jax.memory.Space.Device):
         run = helpers.tiny_run_config({"remat": remat, "attention": "reference"}, data=_SMALL)
         mesh, rules = helpers.make_mesh()
         model = helpers.random_model(run.model, mesh, rules)
@@ -266,11 +268,19 @@ def test_remat_policies_save_less_and_less(one_device):
         def backward(model):
             return jax.vjp(lambda m: train_step.loss_sums(run, m, batch).cross_entropy, model)[1]
 
-        kept = jax.tree.leaves(jax.eval_shape(backward, model))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+        def leaves(model):
+            kept.extend(jax.typeof(leaf) for leaf in jax.tree.leaves(backward(model)))
 
-    kept = [residual_bytes(r) for r in ("full", "attention_output", "dots", "none")]
+        kept = []
+        jax.eval_shape(leaves, model)
+        return sum(x.size * x.dtype.itemsize for x in kept if x.memory_space == space)
+
+    kept = [residual_bytes(r) for r in ("offload", "full", "attention_output", "dots", "none")]
     assert kept == sorted(set(kept))
+    config = helpers.tiny_model_config()
+    one = 4 * _SMALL["batch_size"] * LENGTH * config.embed_dim * config.num_layers
+    # What layers begin with, and what attention gives: heads are as wide together as the model.
+    assert residual_bytes("offload", jax.memory.Space.Host) == 2 * one
 
 
 # --- parts ------------------------------------------------------------------------------------
