@@ -18,7 +18,6 @@ Cache = list[decode_op.Cache]  # of each layer
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    # With the logsumexp beside it a kernel's backward pass needs no second forward pass.
     # Layers begin with what would else be kept on the device, so that a backward pass needs no more of it
     # than of one layer. Copies overlap with the layers around them.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -27,6 +26,7 @@ REMAT_POLICIES = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
+    # With the logsumexp beside it a kernel's backward pass needs no second forward pass.
     "attention_output": jax.checkpoint_policies.save_only_these_names(
         "attention_output", "attention_logsumexp"
     ),
