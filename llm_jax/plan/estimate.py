@@ -36,7 +36,7 @@ _WEIGHT_TRIPS = 3
 # Activations are summed over the tensor axis after attention and the feed-forward part, in both passes.
 _TENSOR_SUMS = 4
 # Forward passes that are repeated, of three units of work.
-_RECOMPUTED = {"none": 0.0, "dots": 0.05, "attention_output": 0.9, "full": 1.0}
+_RECOMPUTED = {"none": 0.0, "dots": 0.05, "attention_output": 0.9, "offload": 0.9, "full": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +75,13 @@ class Estimate:
 
 
 def bytes_per_device(tree, mesh: AbstractMesh | jax.sharding.Mesh) -> int:
-    """Returns what the arrays of an abstract tree take on one device."""
+    """Returns what the arrays of an abstract tree take on one device; not those in host memory."""
     return sum(_leaf_bytes(leaf, mesh) for leaf in jax.tree.leaves(tree))
 
 
 def _leaf_bytes(leaf, mesh) -> int:
+    if leaf.sharding is not None and leaf.sharding.memory_kind == "pinned_host":
+        return 0
     spec = () if leaf.sharding is None else leaf.sharding.spec
     ways = math.prod(sharding.axis_size(mesh, axes) for axes in spec)
     return leaf.size * leaf.dtype.itemsize // ways
@@ -158,10 +160,10 @@ class _Sizes:
             "full": m.embed_dim,
             "attention_output": m.embed_dim + attended,
             "dots": 3 * m.embed_dim + products,
+            "offload": 0,
             "none": 9 * m.embed_dim + attended + products + 4 * m.mlp_width // tensor,
         }
-        width = widths.get(m.remat, m.embed_dim)  # what is kept on the host is not kept here
-        return _COMPUTE_BYTES * width
+        return _COMPUTE_BYTES * widths[m.remat]
 
     def layer_bytes(self) -> int:
         """Bytes of a layer's weights, gathered, and of its activations where they are recomputed."""
@@ -192,7 +194,7 @@ def _seconds(config, mesh, chip, num_parameters: int) -> float:
     model, data = config.model, config.data
     tokens = data.batch_size * data.sequence_length
     work = flops.train_flops_per_token(model, data.sequence_length) * tokens
-    work *= 1 + _RECOMPUTED.get(model.remat, 1.0) / 3
+    work *= 1 + _RECOMPUTED[model.remat] / 3
     computing = work / math.prod(mesh.axis_sizes) / (chip.peak_bf16_flops * _PRODUCT_EFFICIENCY)
     bandwidth = 4 * chip.ici_bandwidth * _LINK_EFFICIENCY
     gathered = 0.0

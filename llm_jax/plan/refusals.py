@@ -75,7 +75,8 @@ def explain(
 
 def _less_saved(config: config_lib.RunConfig) -> str:
     ways = []
-    stronger = {"none": "dots", "dots": "attention_output", "attention_output": "full"}
+    steps = ("none", "dots", "attention_output", "full", "offload")
+    stronger = dict(zip(steps, steps[1:]))
     if config.model.remat in stronger:
         ways.append(f"model.remat={stronger[config.model.remat]}")
     ways.append(f"optim.accumulation_steps={2 * config.optim.accumulation_steps}")
@@ -98,7 +99,7 @@ def _fewer_gradients(config: config_lib.RunConfig) -> str:
 def _fewer_parameters(config: config_lib.RunConfig) -> str:
     if not config.mesh.rules.startswith("fsdp"):
         return "mesh.rules=fsdp"
-    return "more chips on mesh.data, or optim.name=adafactor"
+    return "more chips on mesh.data, optim.offload_state=true, or optim.name=adafactor"
 
 
 def _smaller_layer(config: config_lib.RunConfig) -> str:

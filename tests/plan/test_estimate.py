@@ -39,7 +39,9 @@ def test_parameters_and_optimiser_are_exact():
     ("section", "fields", "less"),
     [
         ("model", {"remat": "dots"}, None),
+        ("model", {"remat": "offload"}, "saved"),
         ("optim", {"accumulation_steps": 32}, "saved"),
+        ("optim", {"offload_state": True}, "optimiser"),
         ("mesh", {"tensor": 4, "rules": "fsdp_tp"}, "loss"),
         ("mesh", {"seq": 2}, None),
         ("train", {"cross_entropy": "chunked"}, "loss"),

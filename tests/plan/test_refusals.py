@@ -63,7 +63,7 @@ def test_the_largest_part_comes_first_with_what_makes_it_less(llama):
 
 def test_advice_follows_the_config(llama):
     config, estimate = llama
-    model = dataclasses.replace(config.model, remat="full")
+    model = dataclasses.replace(config.model, remat="offload")
     strongest = dataclasses.replace(config, model=model)
     told = "\n".join(refusals.explain(_SHORT, strongest, estimate))
     assert "model.remat=" not in told and "accumulation_steps=32" in told
