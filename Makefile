@@ -4,7 +4,7 @@
 #   make test                     the whole suite
 #   make test PYTHON=python3.11   with another Python (3.11 or newer)
 #   make test-fast                without the slow tests
-#   make test-long                the shipped configs, compiled whole for their slices and runs of several processes (ten minutes)
+#   make test-long                shipped configs compiled for their slices, runs of many processes
 #   make lint                     ruff, as CI runs it
 #   make lock                     record the versions that are installed now
 
