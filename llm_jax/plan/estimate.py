@@ -198,7 +198,7 @@ def _seconds(config, mesh, chip, num_parameters: int) -> float:
     computing = work / math.prod(mesh.axis_sizes) / (chip.peak_bf16_flops * _PRODUCT_EFFICIENCY)
     bandwidth = 4 * chip.ici_bandwidth * _LINK_EFFICIENCY
     gathered = 0.0
-    if mesh.shape["data"] > 1 and config.mesh.rules.startswith("fsdp"):
+    if mesh.shape["data"] > 1 and config.mesh.rules not in ("dp", "tp"):
         weights = _COMPUTE_BYTES * num_parameters / mesh.shape["tensor"]
         gathered = _WEIGHT_TRIPS * weights * config.optim.accumulation_steps / bandwidth
     summed = 0.0

@@ -57,15 +57,20 @@ class Plan:
     @property
     def kernel_seconds(self) -> float:
         """Modelled time of a step's attention kernels, each row one document."""
-        return of_configs.kernel_seconds(self.program, self.kernels)[0] if self.kernels else 0.0
+        return self._in_kernels()[0]
 
     @property
     def seconds(self) -> float:
         """Modelled time of a step."""
-        if self.kernels is None:
-            return self.program.seconds
-        exact, guessed = of_configs.kernel_seconds(self.program, self.kernels)
+        exact, guessed = self._in_kernels()
         return self.program.seconds - guessed + exact
+
+    def _in_kernels(self) -> tuple[float, float]:
+        """Returns the time of the kernels, and what the program has for it."""
+        if self.kernels is None:
+            return 0.0, 0.0
+        num_parts = self.mesh.shape["seq"]
+        return of_configs.step_seconds(self.config, num_parts, self.program, self.kernels)
 
     @property
     def tokens(self) -> int:

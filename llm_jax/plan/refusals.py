@@ -91,13 +91,13 @@ def _less_loss(config: config_lib.RunConfig) -> str:
 
 
 def _fewer_gradients(config: config_lib.RunConfig) -> str:
-    if not config.mesh.rules.startswith("fsdp"):
+    if config.mesh.rules in ("dp", "tp"):
         return "mesh.rules=fsdp"
     return "more chips on mesh.data or mesh.tensor"
 
 
 def _fewer_parameters(config: config_lib.RunConfig) -> str:
-    if not config.mesh.rules.startswith("fsdp"):
+    if config.mesh.rules in ("dp", "tp"):
         return "mesh.rules=fsdp"
     return "more chips on mesh.data, optim.offload_state=true, or optim.name=adafactor"
 

@@ -11,6 +11,7 @@ import itertools
 
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax import sharding
 from llm_jax.aot import topology
 from llm_jax.plan import estimate as estimate_lib
 from llm_jax.plan import planner
@@ -81,18 +82,27 @@ def _meshes(
     per_slice = wanted.num_chips // wanted.num_slices
     for tensor in _divisors(per_slice):
         for seq in _divisors(per_slice // tensor):
-            rules = config.mesh.rules if tensor == 1 else "fsdp_tp"
-            if tensor == 1 and rules in ("fsdp_tp", "tp"):
-                rules = "fsdp"
-            yield dataclasses.replace(
-                config.mesh,
-                replica=wanted.num_slices,
-                data=per_slice // tensor // seq,
-                seq=seq,
-                expert=1,
-                tensor=tensor,
-                rules=rules,
-            )
+            for context in ("gather",) if seq == 1 else ("gather", "ring"):
+                yield config_lib.MeshConfig(
+                    replica=wanted.num_slices,
+                    data=per_slice // tensor // seq,
+                    seq=seq,
+                    tensor=tensor,
+                    rules=_rules(config.mesh.rules, wanted.num_slices, seq, tensor),
+                    context=context,
+                    kv_heads=sharding.fitting_kv_heads(config.model, tensor),
+                )
+
+
+def _rules(given: str, num_slices: int, seq: int, tensor: int) -> str:
+    """Returns the preset that uses the axes which are larger than 1."""
+    if num_slices > 1 or (seq > 1 and tensor > 1):
+        return "multislice"
+    if tensor > 1:
+        return "fsdp_tp"
+    if seq > 1:
+        return "fsdp_cp"
+    return "dp" if given == "dp" else "fsdp"
 
 
 def _divisors(number: int) -> list[int]:

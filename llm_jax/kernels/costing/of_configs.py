@@ -20,8 +20,8 @@ def attention(
 ) -> kernel_cost.Case:
     """Returns the attention of one layer of a training step on one device, each row one document.
 
-    That is the most that the kernels can have to do. A sequence that is cut counts as one share of the
-    heads: the work is that of the whole, evenly spread.
+    That is the most that the kernels can have to do. Of a sequence that is cut it is the whole:
+    `step_seconds` takes the share.
 
     Args:
       axes: sizes of the mesh's axes.
@@ -87,6 +87,33 @@ def kernel_seconds(
                 exact += lone.seconds * one.num_executions
                 guessed += one.seconds * one.num_executions
     return exact, guessed
+
+
+def step_seconds(
+    config: config_lib.RunConfig,
+    num_parts: int,
+    program: kernel_cost.ProgramCost,
+    alone: kernel_cost.ProgramCost,
+) -> tuple[float, float]:
+    """Returns the time of a training step's kernels on one device, and what its program guesses for it.
+
+    Args:
+      num_parts: devices that a sequence is cut over. Gathered keys leave the last of them the most pairs
+        of a causal mask; around a ring all have as many.
+      program: the step.
+      alone: from `attention`.
+    """
+    exact, guessed = kernel_seconds(program, alone)
+    if num_parts == 1:
+        return exact, guessed
+    if config.mesh.context == "gather":
+        return exact * (2 * num_parts - 1) / num_parts**2, guessed
+    # A ring runs a kernel for each part of the keys: passes are counted instead of executions.
+    layers = config.model.num_layers * config.optim.accumulation_steps
+    is_repeated = config.model.remat in ("full", "dots")
+    passes = {"flash_attention_forward": 1 + is_repeated, "flash_attention_backward": 1}
+    seconds = sum(passes.get(_kind(one.name), 0) * one.seconds for one in alone.kernels)
+    return layers * seconds / num_parts, guessed
 
 
 def _kind(name: str) -> str:
