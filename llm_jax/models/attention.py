@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from llm_jax import config as config_lib
@@ -164,4 +165,5 @@ class Attention(nnx.Module):
         if context.rotary is not None:
             q_BTKGC = positions.rotate(q_BTKGC, context.rotary)
             k_BTKC = positions.rotate(k_BTKC, context.rotary)
-        return q_BTKGC, k_BTKC, v_BTKC
+        named = {"query": q_BTKGC, "key": k_BTKC, "value": v_BTKC}  # for remat policies
+        return tuple(ad_checkpoint.checkpoint_name(x, name) for name, x in named.items())

@@ -26,6 +26,8 @@ REMAT_POLICIES = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
+    # A backward pass attends again, but projects nothing for it.
+    "qkv": jax.checkpoint_policies.save_only_these_names("query", "key", "value"),
     # With the logsumexp beside it a kernel's backward pass needs no second forward pass.
     "attention_output": jax.checkpoint_policies.save_only_these_names(
         "attention_output", "attention_logsumexp"

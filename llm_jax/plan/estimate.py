@@ -36,7 +36,14 @@ _WEIGHT_TRIPS = 3
 # Activations are summed over the tensor axis after attention and the feed-forward part, in both passes.
 _TENSOR_SUMS = 4
 # Forward passes that are repeated, of three units of work.
-_RECOMPUTED = {"none": 0.0, "dots": 0.05, "attention_output": 0.9, "offload": 0.9, "full": 1.0}
+_RECOMPUTED = {
+    "none": 0.0,
+    "dots": 0.05,
+    "qkv": 0.8,
+    "attention_output": 0.9,
+    "offload": 0.9,
+    "full": 1.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +166,7 @@ class _Sizes:
         widths = {
             "full": m.embed_dim,
             "attention_output": m.embed_dim + attended,
+            "qkv": m.embed_dim + attended + keys,
             "dots": 3 * m.embed_dim + products,
             "offload": 0,
             "none": 9 * m.embed_dim + attended + products + 4 * m.mlp_width // tensor,

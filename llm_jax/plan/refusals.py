@@ -75,7 +75,7 @@ def explain(
 
 def _less_saved(config: config_lib.RunConfig) -> str:
     ways = []
-    steps = ("none", "dots", "attention_output", "full", "offload")
+    steps = ("none", "dots", "qkv", "attention_output", "full", "offload")
     stronger = dict(zip(steps, steps[1:]))
     if config.model.remat in stronger:
         ways.append(f"model.remat={stronger[config.model.remat]}")

@@ -48,7 +48,7 @@ class Found:
 def candidates(
     config: config_lib.RunConfig,
     slice_name: str,
-    remats: Sequence[str] = ("none", "dots", "attention_output", "full"),
+    remats: Sequence[str] = ("none", "dots", "qkv", "attention_output", "full"),
     batch_sizes: Sequence[int] = (),
 ) -> Iterator[Candidate]:
     """Yields the combinations that divide, whether they fit or not.

@@ -71,7 +71,7 @@ PROGRAMS = (
         "v5e:16x16",
         4,
         2048,
-        "attention_output",
+        "qkv",
         11.51,
         4.197e9,
     ),

@@ -26,7 +26,7 @@ def test_each_candidate_is_another_and_uses_all_chips(tried):
     for one in tried:
         assert math.prod(one.config.mesh.shape) == wanted.num_chips
     remats = {one.config.model.remat for one in tried}
-    assert remats == {"none", "dots", "attention_output", "full"}
+    assert remats == {"none", "dots", "qkv", "attention_output", "full"}
     assert {one.config.mesh.tensor for one in tried} == {1, 2, 4}
     assert {one.config.mesh.context for one in tried} == {"gather", "ring"}
     assert len({one.config.optim.accumulation_steps for one in tried}) > 3

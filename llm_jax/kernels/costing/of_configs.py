@@ -110,7 +110,7 @@ def step_seconds(
         return exact * (2 * num_parts - 1) / num_parts**2, guessed
     # A ring runs a kernel for each part of the keys: passes are counted instead of executions.
     layers = config.model.num_layers * config.optim.accumulation_steps
-    is_repeated = config.model.remat in ("full", "dots")
+    is_repeated = config.model.remat in ("full", "dots", "qkv")
     passes = {"flash_attention_forward": 1 + is_repeated, "flash_attention_backward": 1}
     seconds = sum(passes.get(_kind(one.name), 0) * one.seconds for one in alone.kernels)
     return layers * seconds / num_parts, guessed
