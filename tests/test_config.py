@@ -151,6 +151,11 @@ def test_section_that_is_no_section():
         ("mesh.data;mesh.tensor", [-1, -1], ["config.mesh", "only one may be -1"]),
         ("mesh.data", 0, ["mesh.data = 0", "-1"]),
         ("mesh.tensor", -2, ["mesh.tensor = -2"]),
+        (
+            "mesh.context;model.attention",
+            ["ring", "jax_nn"],
+            ["mesh.context = 'ring'", "model.attention = 'jax_nn'", "'auto'", "'gather'"],
+        ),
         # Sources.
         ("data.source", "tfds", ["data.source = 'tfds'", "tfds:NAME"]),
         ("data.source", "csv:x", ["data.source = 'csv:x'", "jsonl:GLOB:field"]),
@@ -180,6 +185,8 @@ def test_value_that_will_not_do(path, value, parts):
         ("train.on_nonfinite", config_lib.NONFINITE),
         ("train.cross_entropy", config_lib.CROSS_ENTROPIES),
         ("mesh.rules", config_lib.RULES),
+        ("mesh.context", config_lib.CONTEXTS),
+        ("mesh.kv_heads", config_lib.KV_HEADS),
     ],
 )
 def test_choices(path, choices):
