@@ -73,14 +73,13 @@ def attention(
     if is_ring:
         piece = _piece(implementation, q_BTKGC, v_BSKC, bias, chunk, device_kind, blocks)
         return ring.attention(q_BTKGC, k_BSKC, v_BSKC, piece=piece, chunk=chunk, **how)
-    if implementation == "reference":
-        y_BTKGC = reference.attention(q_BTKGC, k_BSKC, v_BSKC, **how)
-        return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
-    if implementation == "chunked":
-        y_BTKGC = chunked.attention(q_BTKGC, k_BSKC, v_BSKC, chunk=chunk, **how)
-        return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
-    if implementation == "jax_nn":
-        y_BTKGC = jax_nn.attention(q_BTKGC, k_BSKC, v_BSKC, device_kind=device_kind, **how)
+    plain = {
+        "reference": reference.attention,
+        "chunked": functools.partial(chunked.attention, chunk=chunk),
+        "jax_nn": functools.partial(jax_nn.attention, device_kind=device_kind),
+    }
+    if implementation in plain:
+        y_BTKGC = plain[implementation](q_BTKGC, k_BSKC, v_BSKC, **how)
         return ad_checkpoint.checkpoint_name(y_BTKGC, "attention_output")
     if implementation == "pallas":
         how["mask"] = prepared or mask

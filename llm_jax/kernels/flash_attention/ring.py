@@ -366,21 +366,9 @@ def _merged(one: tuple, other: tuple) -> tuple[jax.Array, jax.Array]:
     return share * y_BTKGC + more * more_BTKGC, top_BKGT + jnp.log(total_BKGT)
 
 
-def _backward_on_one_device(
-    static,
-    axes,
-    q_BTKGC,
-    k_BSKC,
-    v_BSKC,
-    mask,
-    bias,
-    sinks_KG,
-    dropout,
-    dy_BTKGC,
-    lse_BKGT,
-    delta_BKGT,
-):
-    del sinks_KG  # the logsumexp holds them
+def _backward_on_one_device(static, axes, *arrays):
+    q_BTKGC, k_BSKC, v_BSKC, mask, bias, _, dropout = arrays[:7]  # the logsumexp holds the sinks
+    dy_BTKGC, lse_BKGT, delta_BKGT = arrays[7:]
     ring = _Ring(static, axes, q_BTKGC, mask, bias, dropout)
 
     def zeros(x):
@@ -422,15 +410,17 @@ def _backward_on_one_device(
     steps = np.arange(1, ring.num_devices, dtype=np.int32)
     (_, dkvs, dqs, dbias), _ = jax.lax.scan(body, (arriving, dkvs, dqs, dbias), steps)
     dkvs = ring.passed_on(dkvs)  # home
-    dk, dv = (jnp.concatenate(x, 1) for x in zip(*dkvs))
-    if placement.is_cut(axes.g):  # of these groups alone
-        dk, dv = (jax.lax.psum(x, axes.g) for x in (dk, dv))
+    dk, dv = (_summed(jnp.concatenate(x, 1), axes.g) for x in zip(*dkvs))  # of all groups
     found = jnp.concatenate(dqs, 1).astype(q_BTKGC.dtype)
     found = found, dk.astype(k_BSKC.dtype), dv.astype(v_BSKC.dtype)
     if dbias is None:
         return found
-    (array,) = jax.tree.leaves(dbias)
-    for names in (axes.row, axes.length):
+    ((array, of),) = zip(*map(jax.tree.leaves, (dbias, bias)))
+    return *found, _summed(array, axes.row, axes.length).astype(of.dtype)
+
+
+def _summed(x: jax.Array, *axes: placement.Axes) -> jax.Array:
+    for names in axes:
         if placement.is_cut(names):
-            array = jax.lax.psum(array, names)
-    return *found, array.astype(jax.tree.leaves(bias)[0].dtype)
+            x = jax.lax.psum(x, names)
+    return x
