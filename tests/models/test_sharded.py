@@ -53,8 +53,13 @@ _LEFT_OUT = {
     "kernels": ("fsdp_cp", "fsdp_cp_ring", "multislice", "multislice_ring", "replicated_heads"),
 }
 
+_LONG = {("kernels", "replicated_heads_ring")}
+
 _CASES = [
-    (model, mesh) for model in MODELS for mesh in MESHES if mesh not in _LEFT_OUT.get(model, ())
+    pytest.param(model, mesh, marks=[pytest.mark.long] if (model, mesh) in _LONG else [])
+    for model in MODELS
+    for mesh in MESHES
+    if mesh not in _LEFT_OUT.get(model, ())
 ]
 
 
