@@ -52,7 +52,7 @@ _EVERY_CHIP = (
         "xla_jf_spmd_threshold_for_windowed_einsum_mib",
         "1000000",
         "weights are gathered whole, not in turns of a product over a ring: on a v5e those turns wait"
-        " for each other (Llama 7B on v5e:4x8, modelled by `llm_jax.plan`: 35.0 s a step with them,"
+        " for each other (Llama 7B on v5e:4x8, modelled by `llm_jax.aot`: 35.0 s a step with them,"
         " 25.0 without)",
     ),
 )

@@ -14,8 +14,7 @@ import pytest
 
 from llm_jax import checkpoint
 from llm_jax import metrics
-from llm_jax import train_step
-from tests import helpers
+from tests.multihost import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_STEPS = 400
@@ -92,26 +91,12 @@ def _steps(workdir) -> list[int]:
     return checkpoint.steps(checkpoint.directory(str(workdir)))
 
 
-def _last_state(workdir):
-    """Returns the step and the state of the newest checkpoint, onto one device of this process."""
-    mesh, rules = helpers.make_mesh()
-    step_dir = checkpoint.directory(str(workdir)) / str(_steps(workdir)[-1])
-    meta = checkpoint.read_meta(step_dir)
-    manager = checkpoint.Checkpoints(str(workdir), meta.config, meta.tokenizer)
-    with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(lambda: train_step.init_state(meta.config, rules))
-        state = manager.restore_latest(abstract, mesh)
-    manager.close()
-    assert int(state.step) == meta.step
-    return jax.device_get(state)
-
-
 def _rows(workdir, name: str) -> list[tuple[int, float]]:
     return [(row["step"], row[name]) for row in metrics.read(workdir) if name in row]
 
 
 def _assert_same(workdir, expected_dir) -> None:
-    state, expected = _last_state(workdir), _last_state(expected_dir)
+    state, expected = runs.last_state(workdir), runs.last_state(expected_dir)
     assert int(expected.step) == NUM_STEPS
     leaves, wanted = jax.tree.leaves(state), jax.tree.leaves(expected)
     assert len(leaves) == len(wanted) > 10
