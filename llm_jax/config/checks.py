@@ -1,0 +1,182 @@
+"""What contradicts what, as far as it shows before a device is looked at."""
+
+import math
+from typing import Any
+
+from llm_jax import errors
+from llm_jax.config import schema
+
+
+def _require(holds: bool, path: str, value: Any, would_do: str) -> None:
+    if not holds:
+        raise errors.UserError(f"config.{path} = {value!r} will not do: {would_do}")
+
+
+def _require_choice(section: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    hint = errors.nearest(value, choices)
+    _require(
+        value in choices, f"{section}.{name}", value, f"choose from {', '.join(choices)}{hint}"
+    )
+
+
+def _require_at_least(section: str, config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            holds = math.isfinite(value) and value >= minimum
+            _require(holds, f"{section}.{name}", value, f"it must be at least {minimum}")
+
+
+def _require_fraction(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0.0 <= value <= 1.0, f"{section}.{name}", value, "it must lie in [0, 1]")
+
+
+def check(config: schema.RunConfig) -> None:
+    """Checks each value and every contradiction that shows before a device is looked at.
+
+    Raises:
+      errors.UserError: names the field, its value and what would do.
+    """
+    _check_model(config.model)
+    _check_data(config)
+    _check_optim(config)
+    _check_mesh(config.mesh)
+    if config.mesh.context == "ring" and config.model.attention == "jax_nn":
+        raise errors.UserError(
+            "config.mesh.context = 'ring' needs the logsumexp of attention, which model.attention ="
+            " 'jax_nn' does not give; use attention = 'auto', or context = 'gather'"
+        )
+
+
+def _check_model(m: schema.ModelConfig) -> None:
+    sizes = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+    _require_at_least("model", m, 1, *sizes, "vocab_size", "max_length", "window")
+    _require_at_least("model", m, 1, "attention_chunk", "rope_original_length")
+    _require_at_least("model", m, 0.0, "init_stddev")
+    _require_choice("model", m, "positions", schema.POSITIONS)
+    _require_choice("model", m, "rope_scaling", schema.ROPE_SCALINGS)
+    _require_choice("model", m, "norm", schema.NORMS)
+    _require_choice("model", m, "norm_placement", schema.NORM_PLACEMENTS)
+    _require_choice("model", m, "activation", schema.ACTIVATIONS)
+    _require_choice("model", m, "dtype", schema.DTYPES)
+    _require_choice("model", m, "param_dtype", schema.DTYPES[1:])
+    _require_choice("model", m, "attention", schema.ATTENTIONS)
+    if m.attention == "jax_nn" and m.attention_softcap is not None:
+        raise errors.UserError(
+            "config.model.attention = 'jax_nn' has no soft-cap, but attention_softcap ="
+            f" {m.attention_softcap}; set it to None, or use attention 'auto'"
+        )
+    _require_choice("model", m, "remat", schema.REMATS)
+    _require_fraction("model", m, "dropout", "rope_fraction")
+    _require(m.dropout < 1.0, "model.dropout", m.dropout, "1.0 would drop everything")
+    for name in ("attention_softcap", "logit_softcap", "norm_epsilon", "rope_theta"):
+        value = getattr(m, name)
+        if value is not None:
+            holds = math.isfinite(value) and value > 0
+            _require(holds, f"model.{name}", value, "it must be above 0 and finite")
+    if m.head_dim is None:
+        _require(
+            m.embed_dim % m.num_heads == 0,
+            "model.num_heads",
+            m.num_heads,
+            f"it must divide embed_dim = {m.embed_dim}, or model.head_dim must be given",
+        )
+    _require(
+        m.num_heads % m.kv_heads == 0,
+        "model.num_kv_heads",
+        m.kv_heads,
+        f"it must divide num_heads = {m.num_heads}",
+    )
+    if m.positions == "rope":
+        _require(
+            schema.rope_width(m) % 2 == 0 and schema.rope_width(m) > 0,
+            "model.rope_fraction",
+            m.rope_fraction,
+            f"{m.rope_fraction} of head width {m.head_width} is {schema.rope_width(m)}; RoPE rotates"
+            " pairs, so it must come out even and above 0",
+        )
+        _require_at_least("model", m, 1.0, "rope_scaling_factor")
+    if m.positions == "rope" and m.rope_scaling == "llama3":
+        _require(
+            0 < m.rope_low_freq_factor < m.rope_high_freq_factor,
+            "model.rope_low_freq_factor",
+            m.rope_low_freq_factor,
+            f"it must lie in (0, rope_high_freq_factor = {m.rope_high_freq_factor})",
+        )
+
+
+def _check_data(config: schema.RunConfig) -> None:
+    d = config.data
+    _require_at_least("data", d, 1, "batch_size", "sequence_length")
+    _require_at_least("data", d, 0, "prefetch")
+    _require_choice("data", d, "packing", schema.PACKINGS)
+    _require(0.0 < d.eval_fraction < 1.0, "data.eval_fraction", d.eval_fraction, "use (0, 1)")
+    _require(
+        d.sequence_length <= config.model.max_length,
+        "data.sequence_length",
+        d.sequence_length,
+        f"the model has {config.model.max_length} positions (model.max_length)",
+    )
+    kind, _, rest = d.source.partition(":")
+    _require(
+        kind in ("tfds", "text", "jsonl") and bool(rest),
+        "data.source",
+        d.source,
+        "use tfds:NAME[/config], text:GLOB or jsonl:GLOB:field",
+    )
+    _require(
+        kind != "jsonl" or ":" in rest,
+        "data.source",
+        d.source,
+        "jsonl needs the field that holds the text: jsonl:GLOB:field",
+    )
+
+
+def _check_optim(config: schema.RunConfig) -> None:
+    o, t = config.optim, config.train
+    _require_choice("optim", o, "name", schema.OPTIMIZERS)
+    _require_choice("optim", o, "schedule", schema.SCHEDULES)
+    _require_fraction("optim", o, "final_lr_fraction", "cooldown_fraction", "b1", "b2")
+    _require_fraction("optim", o, "muon_momentum")
+    _require_at_least("optim", o, 0, "learning_rate", "weight_decay", "warmup_steps", "epsilon")
+    _require_at_least("optim", o, 1, "accumulation_steps")
+    for name in ("b1", "b2"):
+        _require(getattr(o, name) < 1.0, f"optim.{name}", getattr(o, name), "use [0, 1)")
+    if o.clip_norm is not None:
+        _require(o.clip_norm > 0, "optim.clip_norm", o.clip_norm, "above 0, or None for none")
+    _require_at_least("train", t, 1, "num_steps", "log_every", "cross_entropy_chunk")
+    _require_at_least("train", t, 0, "eval_every", "eval_steps", "z_loss", "seed")
+    _require_choice("train", t, "on_nonfinite", schema.NONFINITE)
+    _require_choice("train", t, "cross_entropy", schema.CROSS_ENTROPIES)
+    _require_at_least("checkpoint", config.checkpoint, 0, "every")
+    _require_at_least("checkpoint", config.checkpoint, 1, "max_to_keep")
+    _require(
+        o.warmup_steps <= t.num_steps,
+        "optim.warmup_steps",
+        o.warmup_steps,
+        f"the run has train.num_steps = {t.num_steps}",
+    )
+    _require(
+        config.data.batch_size % o.accumulation_steps == 0,
+        "optim.accumulation_steps",
+        o.accumulation_steps,
+        f"it must divide data.batch_size = {config.data.batch_size}",
+    )
+
+
+def _check_mesh(mesh: schema.MeshConfig) -> None:
+    _require_choice("mesh", mesh, "rules", schema.RULES)
+    _require_choice("mesh", mesh, "kv_heads", schema.KV_HEADS)
+    _require_choice("mesh", mesh, "context", schema.CONTEXTS)
+    for axis in schema.MESH_AXES:
+        size = getattr(mesh, axis)
+        _require(size == -1 or size >= 1, f"mesh.{axis}", size, "use a count, or -1 for the rest")
+    _require(
+        mesh.shape.count(-1) <= 1,
+        "mesh",
+        dict(zip(schema.MESH_AXES, mesh.shape)),
+        "only one may be -1",
+    )
