@@ -2,16 +2,24 @@
 
 import dataclasses
 
-POSITIONS = ("rope", "learned", "alibi", "none")
+ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
+HEADS = ("lm", "none", "sequence", "token", "span")
+POOLINGS = ("first", "mean", "last")
+POSITIONS = ("rope", "learned", "sinusoidal", "relative", "alibi", "none")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 NORMS = ("rmsnorm", "layernorm")
-NORM_PLACEMENTS = ("pre", "post")
+NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
+QK_NORMS = ("head", "projection")
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
 REMATS = ("none", "full", "dots", "qkv", "attention_output", "offload")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "chunked", "jax_nn", "pallas")
 CROSS_ENTROPIES = ("auto", "reference", "chunked", "pallas")
 PACKINGS = ("packed", "concat")
+OBJECTIVES = (
+    *("causal", "prefix", "mlm", "span_corruption", "ul2"),  # of text
+    *("seq2seq", "sequence", "token", "span"),  # of examples with targets
+)
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
@@ -24,7 +32,9 @@ CONTEXTS = ("gather", "ring")
 class ModelConfig:
     """Shape and parts of a Transformer. Widths are in elements, lengths in tokens."""
 
+    architecture: str = "decoder"
     num_layers: int = 4
+    num_decoder_layers: int | None = None  # of an encoder-decoder; None: as many as num_layers
     embed_dim: int = 128
     num_heads: int = 4
     num_kv_heads: int | None = None  # None: as many as num_heads
@@ -33,28 +43,49 @@ class ModelConfig:
     vocab_size: int = 256
     max_length: int = 1024  # positions of the learned table; the KV cache never exceeds it
 
-    positions: str = "rope"
+    positions: str = "rope"  # relative: T5's bias by bucket of distance, shared by all layers
     rope_theta: float = 10_000.0
+    rope_local_theta: float | None = None  # in local layers, unscaled; None: as in the others
     rope_fraction: float = 1.0  # of head_dim that is rotated (partial RoPE)
     rope_scaling: str = "none"
     rope_scaling_factor: float = 1.0
     rope_low_freq_factor: float = 1.0  # llama3 scaling: wavelengths longer than this are divided
     rope_high_freq_factor: float = 4.0  # llama3 scaling: wavelengths shorter than this are kept
     rope_original_length: int = 8192  # llama3 scaling: length of the unscaled pretraining
+    relative_buckets: int = 32
+    relative_max_distance: int = 128  # from here on all distances share a bucket
 
     norm: str = "rmsnorm"
-    norm_placement: str = "pre"
+    norm_placement: str = "pre"  # of a branch: pre, post (after the sum), output, sandwich: pre, output
     norm_epsilon: float = 1e-5
+    norm_offset: bool = False  # norms scale by 1 + weight (Gemma)
     activation: str = "silu"
     is_gated: bool = True  # SwiGLU, GEGLU: the activation gates a second projection
     use_bias: bool = False  # in projections and in LayerNorm
+    use_qkv_bias: bool = False  # in projections to queries, keys and values, whatever use_bias
     tie_embeddings: bool = True
-    use_qk_norm: bool = False  # RMSNorm over each head's queries and keys
-    window: int | None = None  # tokens a query sees, itself included; None: all before it
+    scale_embeddings: bool = False  # by the root of embed_dim
+    scale_logits: bool = False  # by its inverse (T5 with tied embeddings)
+    use_embedding_norm: bool = False  # BERT
+    num_token_types: int = 0  # BERT: sentence A or B; 0: none
+    use_qk_norm: bool = False  # RMSNorm of queries and keys
+    qk_norm: str = "head"  # over each head's (Qwen 3), or over the whole projection (OLMo 2)
+    attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    window: int | None = None  # tokens a query sees, itself included; an encoder's: half on each side
+    layer_pattern: str = ""  # L (local: has the window) and G (global), repeated; "": all have it
     attention_softcap: float | None = None  # scores are capped to +-this by tanh
     logit_softcap: float | None = None
     dropout: float = 0.0
+    attention_dropout: float = 0.0  # of attention weights
     init_stddev: float = 0.02
+
+    head: str = "lm"  # what reads the last states: lm, or labels of a sequence, each token, a span
+    use_head_transform: bool = False  # BERT: dense, activation and norm before the vocabulary
+    use_head_bias: bool = False  # of the vocabulary
+    use_pooler: bool = False  # BERT: dense and tanh before labels of a sequence
+    pooling: str = "first"  # which states stand for a sequence
+    num_labels: int = 2  # of head sequence or token; 1: regression
+    decoder_start_id: int = 0  # what an encoder-decoder's decoder reads first
 
     dtype: str = "auto"  # of activations and matmuls; auto: what the platform is fast at
     param_dtype: str = "float32"
@@ -62,6 +93,13 @@ class ModelConfig:
     attention_chunk: int = 512  # queries scored at a time by the chunked implementation
     scan_layers: bool | None = None  # None: scanned on accelerators, unrolled on a CPU
     remat: str = "none"  # offload: what layers begin with and attention gives waits in host memory
+
+    @property
+    def decoder_layers(self) -> int:
+        """Layers of a decoder, alone or after an encoder."""
+        if self.architecture == "encoder_decoder" and self.num_decoder_layers is not None:
+            return self.num_decoder_layers
+        return self.num_layers
 
     @property
     def kv_heads(self) -> int:
@@ -90,6 +128,20 @@ class DataConfig:
     eval_fraction: float = 0.05  # held out of text: and jsonl: sources, which have no splits
     cache_dir: str = "~/.cache/llm_jax"  # token caches and prepared TFDS data
     prefetch: int = 2  # batches made ahead of the step that reads them
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is to be predicted of a text, or of an example."""
+
+    name: str = "causal"
+    mask_rate: float = 0.15  # mlm: share of tokens to predict
+    use_whole_words: bool = False  # mlm: all tokens of a word, or none
+    noise_density: float = 0.15  # span_corruption: share of tokens to predict
+    mean_span_length: float = 3.0  # span_corruption: tokens
+    min_prefix: float = 0.0  # prefix: share of a window that is given, drawn between these
+    max_prefix: float = 1.0
+    target_length: int = 128  # tokens of a decoder's row, for an encoder-decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +211,7 @@ class RunConfig:
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
