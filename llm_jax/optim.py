@@ -110,8 +110,9 @@ def decay_mask(params: Any) -> Any:
 
 
 def _weight_dims(path: tuple[Any, ...]) -> str:
-    """Returns the letters of a weight, and none for a bias, which is a vector of its outputs."""
-    return "" if "bias" in jax.tree_util.keystr(path) else dims.of_path(path)
+    """Returns the letters of a weight, and none for a bias or a norm, which are vectors of outputs."""
+    name = jax.tree_util.keystr(path)
+    return "" if "bias_" in name or "scale_" in name else dims.of_path(path)
 
 
 # How the letters of a layer's matrices split into inputs and outputs; what is missing here (tables,

@@ -15,18 +15,23 @@ from llm_jax.config.conversion import from_dict
 from llm_jax.config.conversion import new
 from llm_jax.config.conversion import to_dict
 from llm_jax.config.schema import ACTIVATIONS
+from llm_jax.config.schema import ARCHITECTURES
 from llm_jax.config.schema import ATTENTIONS
 from llm_jax.config.schema import CONTEXTS
 from llm_jax.config.schema import CROSS_ENTROPIES
 from llm_jax.config.schema import DTYPES
+from llm_jax.config.schema import HEADS
 from llm_jax.config.schema import KV_HEADS
 from llm_jax.config.schema import MESH_AXES
 from llm_jax.config.schema import NONFINITE
 from llm_jax.config.schema import NORM_PLACEMENTS
 from llm_jax.config.schema import NORMS
+from llm_jax.config.schema import OBJECTIVES
 from llm_jax.config.schema import OPTIMIZERS
 from llm_jax.config.schema import PACKINGS
+from llm_jax.config.schema import POOLINGS
 from llm_jax.config.schema import POSITIONS
+from llm_jax.config.schema import QK_NORMS
 from llm_jax.config.schema import REMATS
 from llm_jax.config.schema import ROPE_SCALINGS
 from llm_jax.config.schema import RULES
@@ -35,6 +40,7 @@ from llm_jax.config.schema import CheckpointConfig
 from llm_jax.config.schema import DataConfig
 from llm_jax.config.schema import MeshConfig
 from llm_jax.config.schema import ModelConfig
+from llm_jax.config.schema import ObjectiveConfig
 from llm_jax.config.schema import OptimConfig
 from llm_jax.config.schema import RunConfig
 from llm_jax.config.schema import TrainConfig
@@ -42,12 +48,14 @@ from llm_jax.config.schema import rope_width
 
 __all__ = [
     "ACTIVATIONS",
+    "ARCHITECTURES",
     "ATTENTIONS",
     "CONTEXTS",
     "CROSS_ENTROPIES",
     "CheckpointConfig",
     "DTYPES",
     "DataConfig",
+    "HEADS",
     "KV_HEADS",
     "MESH_AXES",
     "MeshConfig",
@@ -55,10 +63,14 @@ __all__ = [
     "NONFINITE",
     "NORMS",
     "NORM_PLACEMENTS",
+    "OBJECTIVES",
     "OPTIMIZERS",
+    "ObjectiveConfig",
     "OptimConfig",
     "PACKINGS",
+    "POOLINGS",
     "POSITIONS",
+    "QK_NORMS",
     "REMATS",
     "ROPE_SCALINGS",
     "RULES",

@@ -56,7 +56,9 @@ class ModelConfig:
     relative_max_distance: int = 128  # from here on all distances share a bucket
 
     norm: str = "rmsnorm"
-    norm_placement: str = "pre"  # of a branch: pre, post (after the sum), output, sandwich: pre, output
+    norm_placement: str = (
+        "pre"  # of a branch: pre, post (after the sum), output, sandwich: pre, output
+    )
     norm_epsilon: float = 1e-5
     norm_offset: bool = False  # norms scale by 1 + weight (Gemma)
     activation: str = "silu"
@@ -67,11 +69,14 @@ class ModelConfig:
     scale_embeddings: bool = False  # by the root of embed_dim
     scale_logits: bool = False  # by its inverse (T5 with tied embeddings)
     use_embedding_norm: bool = False  # BERT
+    is_entry_normalised: bool = False  # the first attention reads what enters as it is (ModernBERT)
     num_token_types: int = 0  # BERT: sentence A or B; 0: none
     use_qk_norm: bool = False  # RMSNorm of queries and keys
     qk_norm: str = "head"  # over each head's (Qwen 3), or over the whole projection (OLMo 2)
     attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
-    window: int | None = None  # tokens a query sees, itself included; an encoder's: half on each side
+    window: int | None = (
+        None  # tokens a query sees, itself included; an encoder's: half on each side
+    )
     layer_pattern: str = ""  # L (local: has the window) and G (global), repeated; "": all have it
     attention_softcap: float | None = None  # scores are capped to +-this by tanh
     logit_softcap: float | None = None

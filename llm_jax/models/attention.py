@@ -1,6 +1,5 @@
-"""Multi-head attention with grouped keys and values, and the cache it keeps while generating."""
+"""Multi-head attention with grouped keys and values: to the tokens themselves, or to an encoder's."""
 
-import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -10,72 +9,14 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
-from llm_jax.kernels import placement
 from llm_jax.kernels.decode_attention import op as decode_op
-from llm_jax.kernels.flash_attention import biases
+from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import op
 from llm_jax.kernels.flash_attention import pallas
+from llm_jax.models import context as context_lib
 from llm_jax.models import layers
 from llm_jax.models import positions
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What all layers of one forward pass share.
-
-    Attributes:
-      mask: who attends to whom among the tokens of this pass, with the kernels' tables if they need
-        some; None where a cache precedes them.
-      rotary: cosines and sines of `positions.rotary_tables`; None without RoPE.
-      bias: added to the scores; None without ALiBi.
-      slot: of the first token in the cache; the integer 0 where nothing precedes it.
-      starts_B: first slot of each row in the cache; None: 0.
-      places_T: of the tokens in their sequence, which dropout goes by; None where there is none.
-    """
-
-    mask: masks.Mask | pallas.Prepared | None
-    rotary: tuple[jax.Array, jax.Array] | None = None
-    bias: biases.Alibi | None = None
-    slot: jax.Array | int = 0
-    starts_B: jax.Array | None = None
-    places_T: jax.Array | None = None
-
-
-def causal_mask(config: config_lib.ModelConfig) -> masks.Mask:
-    """Returns the decoder's mask: all slots before, or a window of them that ends at the query."""
-    return masks.local_window(None if config.window is None else config.window - 1, right=0)
-
-
-def make_context(
-    config: config_lib.ModelConfig,
-    rules: sharding.AxisRules,
-    positions_BT: jax.Array,
-    mask: masks.Mask | None,
-    slot: jax.Array | int = 0,
-    starts_B: jax.Array | None = None,
-) -> Context:
-    """Returns the context of a pass over tokens at `positions_BT`."""
-    rotary = bias = None
-    if config.positions == "rope":
-        rotary = positions.rotary_tables(config, positions_BT)
-    if config.positions == "alibi":
-        slopes_KG = jnp.asarray(positions.alibi_slopes(config.num_heads))
-        bias = biases.Alibi(slopes_KG.reshape(config.kv_heads, -1))
-    if mask is not None:
-        C, groups = config.head_width, config.num_heads // config.kv_heads
-        mask = op.prepare(
-            mask,
-            positions_BT,
-            num_keys=positions_BT.shape[1],
-            widths=(C, C),
-            group=groups // placement.num_parts(rules.act("G")[0]),
-            dtype=config.dtype,
-            implementation=config.attention,
-            bias=bias,
-        )
-    return Context(mask, rotary, bias, slot, starts_B)
 
 
 class Attention(nnx.Module):
@@ -93,39 +34,38 @@ class Attention(nnx.Module):
         self.k_DKC = layers.normal_param(k_key, "k_DKC", (D, K, C), std, rules, dtype)
         self.v_DKC = layers.normal_param(v_key, "v_DKC", (D, K, C), std, rules, dtype)
         self.out_KGCD = layers.normal_param(o_key, "out_KGCD", (K, G, C, D), out_std, rules, dtype)
-        has_bias = config.use_bias
+        has_bias = config.use_bias or config.use_qkv_bias
         self.q_bias_KGC = layers.bias_param(has_bias, "q_bias_KGC", (K, G, C), rules, dtype)
         self.k_bias_KC = layers.bias_param(has_bias, "k_bias_KC", (K, C), rules, dtype)
         self.v_bias_KC = layers.bias_param(has_bias, "v_bias_KC", (K, C), rules, dtype)
-        self.out_bias_D = layers.bias_param(has_bias, "out_bias_D", (D,), rules, dtype)
-        self.q_norm = layers.HeadNorm(config, rules) if config.use_qk_norm else None
-        self.k_norm = layers.HeadNorm(config, rules) if config.use_qk_norm else None
+        self.out_bias_D = layers.bias_param(config.use_bias, "out_bias_D", (D,), rules, dtype)
+        self.q_norm = layers.HeadNorm(config, rules, "KG") if config.use_qk_norm else None
+        self.k_norm = layers.HeadNorm(config, rules, "K") if config.use_qk_norm else None
 
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: decode_op.Cache | None = None
+        self,
+        x_BTD: jax.Array,
+        context: context_lib.Context,
+        key: jax.Array | None = None,
+        cache: decode_op.Cache | None = None,
     ) -> tuple[jax.Array, decode_op.Cache | None]:
         """Returns the attended [B, T, D] and the cache with this call's keys and values in it.
 
         With a cache, the keys and values of `x_BTD` are written from slot `context.slot` on. A pass
         that starts the cache (the slot is an integer) attends to its own keys alone, by the mask; a
-        later one to all that each row has in the cache, which ends with its own keys.
+        later one to all that each row has in the cache, which ends with its own keys. `key` turns
+        dropout on.
         """
-        q_BTKGC, k_BSKC, v_BSKC = self._project(x_BTD, context)
-        # Queries stay sharded along the sequence; each device gathers all keys and values, but in a ring.
-        k_BSKC = jax.sharding.reshard(k_BSKC, self.rules.act("BSKC"))
-        v_BSKC = jax.sharding.reshard(v_BSKC, self.rules.act("BSKC"))
+        q_BTKGC, k_BTKC = self.queries(x_BTD), self.keys(x_BTD)
+        if context.rotary is not None:
+            q_BTKGC = positions.rotate(q_BTKGC, context.rotary)
+            k_BTKC = positions.rotate(k_BTKC, context.rotary)
+        q_BTKGC, k_BSKC, v_BSKC = self._laid_out(q_BTKGC, k_BTKC, self.values(x_BTD))
         if cache is not None:
             cache = cache.write(k_BSKC, v_BSKC, context.slot)
         if cache is None or isinstance(context.slot, int):
-            y_BTKGC = op.attention(
-                q_BTKGC,
-                k_BSKC,
-                v_BSKC,
-                mask=context.mask,
-                implementation=self.config.attention,
-                chunk=self.config.attention_chunk,
-                context=self.rules.context,
-                **self._scores(context),
+            y_BTKGC = self._attend(
+                q_BTKGC, k_BSKC, v_BSKC, context.mask, key, **self._scores(context)
             )
         else:
             batch_size, num_queries = q_BTKGC.shape[:2]
@@ -134,36 +74,93 @@ class Attention(nnx.Module):
                 cache,
                 lengths_B=jnp.full(batch_size, context.slot + num_queries, jnp.int32),
                 starts_B=context.starts_B,
-                window=self.config.window,
+                window=context.window,
                 # The layout says the rest: `decode_op.make_cache` chose it by the same setting.
                 implementation="pallas" if self.config.attention == "pallas" else "auto",
                 **self._scores(context),
             )
-        y_BTD = layers.project(
-            "BTKGC,KGCD->BTD", y_BTKGC, self.out_KGCD, self.out_bias_D, self.rules.act("BTD")
-        )
-        return y_BTD, cache
+        return self.out(y_BTKGC), cache
 
-    def _scores(self, context: Context) -> dict[str, Any]:
+    def queries(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the queries [B, T, K, G, C], without positions."""
+        spec = self.rules.act("BTKGC")
+        q_BTKGC = layers.project("BTD,DKGC->BTKGC", x_BTD, self.q_DKGC, self.q_bias_KGC, spec)
+        return q_BTKGC if self.q_norm is None else self.q_norm(q_BTKGC)
+
+    def keys(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the keys [B, T, K, C], without positions."""
+        spec = self.rules.act("BTKC")
+        k_BTKC = layers.project("BTD,DKC->BTKC", x_BTD, self.k_DKC, self.k_bias_KC, spec)
+        return k_BTKC if self.k_norm is None else self.k_norm(k_BTKC)
+
+    def values(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the values [B, T, K, C]."""
+        spec = self.rules.act("BTKC")
+        return layers.project("BTD,DKC->BTKC", x_BTD, self.v_DKC, self.v_bias_KC, spec)
+
+    def out(self, y_BTKGC: jax.Array) -> jax.Array:
+        """Returns what heads have gathered as one [B, T, D]."""
+        spec = self.rules.act("BTD")
+        return layers.project("BTKGC,KGCD->BTD", y_BTKGC, self.out_KGCD, self.out_bias_D, spec)
+
+    def _laid_out(
+        self, q_BTKGC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Names queries, keys and values for remat policies, and brings keys to their queries.
+
+        Queries stay sharded along the sequence; each device gathers all keys and values, but in a ring.
+        """
+        named = {"query": q_BTKGC, "key": k_BTKC, "value": v_BTKC}
+        q, k, v = (ad_checkpoint.checkpoint_name(x, name) for name, x in named.items())
+        spec = self.rules.act("BSKC")
+        return q, jax.sharding.reshard(k, spec), jax.sharding.reshard(v, spec)
+
+    def _attend(
+        self,
+        q_BTKGC: jax.Array,
+        k_BSKC: jax.Array,
+        v_BSKC: jax.Array,
+        mask: masks.Mask | pallas.Prepared,
+        key: jax.Array | None,
+        **how: Any,
+    ) -> jax.Array:
+        rate, dropout = self.config.attention_dropout, None
+        if key is not None and rate > 0.0:
+            dropout = dropout_lib.Dropout(jax.random.bits(key, (), jnp.uint32), rate)
+        return op.attention(
+            q_BTKGC,
+            k_BSKC,
+            v_BSKC,
+            mask=mask,
+            implementation=self.config.attention,
+            chunk=self.config.attention_chunk,
+            context=self.rules.context,
+            dropout=dropout,
+            **how,
+        )
+
+    def _scores(self, context: context_lib.Context) -> dict[str, Any]:
+        return self._scale() | {"bias": context.bias}
+
+    def _scale(self) -> dict[str, Any]:
+        scale = self.config.attention_scale
         return {
-            "scale": self.config.head_width**-0.5,
+            "scale": self.config.head_width**-0.5 if scale is None else scale,
             "softcap": self.config.attention_softcap,
-            "bias": context.bias,
         }
 
-    def _project(
-        self, x_BTD: jax.Array, context: Context
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        act = self.rules.act
-        q_BTKGC = layers.project(
-            "BTD,DKGC->BTKGC", x_BTD, self.q_DKGC, self.q_bias_KGC, act("BTKGC")
-        )
-        k_BTKC = layers.project("BTD,DKC->BTKC", x_BTD, self.k_DKC, self.k_bias_KC, act("BTKC"))
-        v_BTKC = layers.project("BTD,DKC->BTKC", x_BTD, self.v_DKC, self.v_bias_KC, act("BTKC"))
-        if self.q_norm is not None:
-            q_BTKGC, k_BTKC = self.q_norm(q_BTKGC), self.k_norm(k_BTKC)
-        if context.rotary is not None:
-            q_BTKGC = positions.rotate(q_BTKGC, context.rotary)
-            k_BTKC = positions.rotate(k_BTKC, context.rotary)
-        named = {"query": q_BTKGC, "key": k_BTKC, "value": v_BTKC}  # for remat policies
-        return tuple(ad_checkpoint.checkpoint_name(x, name) for name, x in named.items())
+
+class CrossAttention(Attention):
+    """Attention of a decoder to what the encoder made of its text (Vaswani et al. 2017, section 3.2.3).
+
+    Neither positions nor biases: the mask alone says who sees whom.
+    """
+
+    def __call__(
+        self, x_BTD: jax.Array, context: context_lib.Context, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns the attended [B, T, D]; `key` turns dropout on."""
+        k_BSKC, v_BSKC = self.keys(context.encoder_BSD), self.values(context.encoder_BSD)
+        q_BTKGC, k_BSKC, v_BSKC = self._laid_out(self.queries(x_BTD), k_BSKC, v_BSKC)
+        y_BTKGC = self._attend(q_BTKGC, k_BSKC, v_BSKC, context.cross_mask, key, **self._scale())
+        return self.out(y_BTKGC)

@@ -1,43 +1,26 @@
-"""The decoder-only language model: GPT-2, Llama and what lies between, as one config."""
+"""The decoder-only language model: GPT-2, Llama, Gemma and what lies between, as one config."""
 
-import dataclasses
-
-from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.kernels.flash_attention import masks
-from llm_jax.kernels.flash_attention import ring
-from llm_jax.models import attention
+from llm_jax.models import heads
 from llm_jax.models import layers
-from llm_jax.models import stack
+from llm_jax.models import trunk
 
 
-class Decoder(nnx.Module):
-    """Embedding, stack, final norm and output head."""
+class Decoder(trunk.Trunk, heads.Reader):
+    """Embedding, stack, final norm and head."""
 
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         embedding_key, position_key, stack_key, head_key = jax.random.split(key, 4)
-        D, V, dtype = config.embed_dim, config.vocab_size, config.param_dtype
-        std = config.init_stddev
-        self.config, self.rules = config, rules
         self.embedding = layers.Embedding(embedding_key, config, rules)
-        self.position_PD = (
-            layers.normal_param(
-                position_key, "position_PD", (config.max_length, D), std, rules, dtype
-            )
-            if config.positions == "learned"
-            else None
+        super().__init__(
+            position_key, stack_key, config, rules, is_causal=True, num_layers=config.num_layers
         )
-        self.stack = stack.Stack(stack_key, config, rules)
-        self.final_norm = layers.Norm(config, rules) if config.norm_placement == "pre" else None
-        self.head_DV = (
-            None
-            if config.tie_embeddings
-            else layers.normal_param(head_key, "head_DV", (D, V), std, rules, dtype)
-        )
+        self._make_head(head_key, config, rules)
 
     def __call__(
         self,
@@ -45,9 +28,12 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array | None = None,
         key: jax.Array | None = None,
+        *,
+        prefix_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns logits, float32 [B, T, V], for whole sequences; arguments as `hidden`."""
-        return self._project(self.hidden(tokens_BT, positions_BT, segments_BT, key))
+        """Returns logits of the vocabulary, float32 [B, T, V], for whole sequences; arguments as `hidden`."""
+        x_BTD = self.hidden(tokens_BT, positions_BT, segments_BT, key, prefix_BT=prefix_BT)
+        return self.vocabulary_logits(x_BTD)
 
     def hidden(
         self,
@@ -55,6 +41,8 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         segments_BT: jax.Array | None = None,
         key: jax.Array | None = None,
+        *,
+        prefix_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns what the output head reads, [B, T, D] in the compute dtype, for whole sequences.
 
@@ -65,44 +53,26 @@ class Decoder(nnx.Module):
           positions_BT: int32, from 0 in each document.
           segments_BT: int32 document numbers of packed sequences; None: one document a row.
           key: turns dropout on.
+          prefix_BT: Booleans, the tokens at the start of each document that see each other both ways
+            (prefix LM; Raffel et al. 2020, section 3.2.1); None: there are none.
         """
-        mask = attention.causal_mask(self.config)
-        if segments_BT is not None:
-            k_segments_BS = jax.sharding.reshard(segments_BT, self.rules.act("BS"))
-            mask = mask & masks.Segments(segments_BT, k_segments_BS)
-        context = attention.make_context(self.config, self.rules, positions_BT, mask)
-        embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
-        places_T = jax.sharding.reshard(jnp.arange(tokens_BT.shape[1]), self.rules.act("T"))
-        if self.rules.context == "ring":
-            places_T = ring.zigzag(places_T, axis=0)
-        context = dataclasses.replace(context, places_T=places_T)
-        x_BTD = self.embed(tokens_BT, positions_BT)
-        x_BTD = layers.dropout(x_BTD, self.config.dropout, embed_key, places_T)
-        return self._normalise(self.stack(x_BTD, context, stack_key))
+        within = trunk.segments_mask(segments_BT, self.rules)
+        beside = None if prefix_BT is None else self._prefix_mask(prefix_BT, segments_BT)
+        contexts = self.contexts(positions_BT, within, beside=beside)
+        x_BTD = self.run(self.embed(tokens_BT, positions_BT), contexts, key)
+        return self.before_head(x_BTD)
+
+    def _prefix_mask(self, prefix_BT: jax.Array, segments_BT: jax.Array | None) -> masks.Mask:
+        """Returns the pairs within a document's prefix: both have its number, no others have equal ones."""
+        numbers_BT = jnp.ones_like(prefix_BT, jnp.int32) if segments_BT is None else segments_BT
+        queries_BT = jnp.where(prefix_BT, numbers_BT, -1)
+        keys_BS = jnp.where(prefix_BT, numbers_BT, -2)
+        return trunk.segments_mask(queries_BT, self.rules, keys_BS)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Returns what enters the stack, [B, T, D] in the compute dtype."""
-        x_BTD = self.embedding(tokens_BT, self.config.dtype)
-        if self.position_PD is not None:
-            x_BTD = x_BTD + layers.look_up(
-                self.position_PD, "PD", positions_BT, self.config.dtype, self.rules
-            )
-        return x_BTD
+        return self.enter(self.embedding(tokens_BT, self.config.dtype), positions_BT)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the next-token logits, float32 [B, T, V], of the last block's output."""
-        return self._project(self._normalise(x_BTD))
-
-    def head(self) -> tuple[str, nnx.Param]:
-        """Returns the output head and its dimensions: `DV`, or `VD` of a tied embedding."""
-        return ("VD", self.embedding.table_VD) if self.head_DV is None else ("DV", self.head_DV)
-
-    def _normalise(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
-
-    def _project(self, x_BTD: jax.Array) -> jax.Array:
-        dims_of_head, head = self.head()
-        logits_BTV = layers.project(
-            f"BTD,{dims_of_head}->BTV", x_BTD, head, None, self.rules.act("BTV")
-        )
-        return layers.softcap(logits_BTV.astype(jnp.float32), self.config.logit_softcap)
+        return self.vocabulary_logits(self.before_head(self.normalise(x_BTD)))

@@ -60,8 +60,9 @@ class Norm(nnx.Module):
     def __init__(self, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         width, dtype = config.embed_dim, config.param_dtype
         self.is_centred = config.norm == "layernorm"
-        self.epsilon = config.norm_epsilon
-        self.scale_D = full_param("scale_D", (width,), 1.0, rules, dtype)
+        self.epsilon, self.has_offset = config.norm_epsilon, config.norm_offset
+        start = 0.0 if config.norm_offset else 1.0
+        self.scale_D = full_param("scale_D", (width,), start, rules, dtype)
         has_bias = self.is_centred and config.use_bias
         self.bias_D = bias_param(has_bias, "bias_D", (width,), rules, dtype)
 
@@ -70,28 +71,48 @@ class Norm(nnx.Module):
         y_BTD = x_BTD.astype(jnp.float32)
         if self.is_centred:
             y_BTD = y_BTD - jnp.mean(y_BTD, axis=-1, keepdims=True)
-        y_BTD = rms_normalise(y_BTD, self.epsilon) * self.scale_D[...]
+        y_BTD = rms_normalise(y_BTD, self.epsilon) * _factor(self.scale_D, self.has_offset)
         if self.bias_D is not None:
             y_BTD = y_BTD + self.bias_D[...]
         return y_BTD.astype(x_BTD.dtype)
 
 
-def rms_normalise(x: jax.Array, epsilon: float) -> jax.Array:
-    """Divides `x` by the root of the mean square of its last dimension."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+def rms_normalise(x: jax.Array, epsilon: float, axes: tuple[int, ...] = (-1,)) -> jax.Array:
+    """Divides `x` by the root of the mean square over its last dimension, or over `axes`."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + epsilon)
+
+
+def _factor(scale: nnx.Param, has_offset: bool) -> jax.Array:
+    return 1.0 + scale[...].astype(jnp.float32) if has_offset else scale[...]
 
 
 class HeadNorm(nnx.Module):
-    """RMSNorm of each head's queries or keys (QK-norm; Dehghani et al. 2023, section 2)."""
+    """RMSNorm of queries or keys (QK-norm; Dehghani et al. 2023, section 2).
 
-    def __init__(self, config: config_lib.ModelConfig, rules: sharding.AxisRules):
-        self.epsilon = config.norm_epsilon
-        self.scale_C = full_param("scale_C", (config.head_width,), 1.0, rules, config.param_dtype)
+    Over each head with a scale that heads share, or over the whole projection (OLMo 2).
+    """
+
+    def __init__(
+        self, config: config_lib.ModelConfig, rules: sharding.AxisRules, dims_of_heads: str
+    ):
+        self.epsilon, self.has_offset = config.norm_epsilon, config.norm_offset
+        start, dtype = 0.0 if config.norm_offset else 1.0, config.param_dtype
+        sizes = {
+            "K": config.kv_heads,
+            "G": config.num_heads // config.kv_heads,
+            "C": config.head_width,
+        }
+        self.dims = "C" if config.qk_norm == "head" else f"{dims_of_heads}C"
+        shape = tuple(sizes[letter] for letter in self.dims)
+        name = f"scale_{self.dims}"
+        setattr(self, name, full_param(name, shape, start, rules, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises [..., C] over its last dimension, in float32, back to the input's dtype."""
-        y = rms_normalise(x.astype(jnp.float32), self.epsilon) * self.scale_C[...]
-        return y.astype(x.dtype)
+        """Normalises [B, T, ..., C], in float32, back to the input's dtype."""
+        scale = getattr(self, f"scale_{self.dims}")
+        axes = tuple(range(x.ndim - len(self.dims), x.ndim))
+        y = rms_normalise(x.astype(jnp.float32), self.epsilon, axes)
+        return (y * _factor(scale, self.has_offset)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -100,13 +121,15 @@ class Embedding(nnx.Module):
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         shape = (config.vocab_size, config.embed_dim)
         self.rules = rules
+        self.scale = config.embed_dim**0.5 if config.scale_embeddings else None
         self.table_VD = normal_param(
             key, "table_VD", shape, config.init_stddev, rules, config.param_dtype
         )
 
     def __call__(self, tokens_BT: jax.Array, dtype: str) -> jax.Array:
         """Returns the embeddings [B, T, D] of int32 ids."""
-        return look_up(self.table_VD, "VD", tokens_BT, dtype, self.rules)
+        x_BTD = look_up(self.table_VD, "VD", tokens_BT, dtype, self.rules)
+        return x_BTD if self.scale is None else x_BTD * jnp.asarray(self.scale, dtype)
 
 
 def look_up(

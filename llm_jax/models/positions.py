@@ -1,4 +1,4 @@
-"""How a model knows where a token stands: rotary tables and ALiBi slopes."""
+"""How a model knows where a token stands: rotary tables, sinusoids and ALiBi slopes."""
 
 import math
 
@@ -9,15 +9,19 @@ import numpy as np
 from llm_jax import config as config_lib
 
 
-def rotary_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
+def rotary_frequencies(config: config_lib.ModelConfig, is_local: bool = False) -> np.ndarray:
     """Returns the angle per position of each rotated pair, float32 [rope_width / 2].
 
     RoPE is of Su et al. 2021 (equation 15). `linear` scaling divides every frequency (Chen et al.
     2023); `llama3` divides the long wavelengths, keeps the short ones and interpolates between
-    (Grattafiori et al. 2024, section 3.4.1; the formula is that of the released code).
+    (Grattafiori et al. 2024, section 3.4.1; the formula is that of the released code). Local layers
+    may have a base of their own, and no scaling then (Gemma 3; Kamath et al. 2025, section 2).
     """
     width = config_lib.rope_width(config)
-    frequencies = config.rope_theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    pairs = -np.arange(0, width, 2, dtype=np.float64) / width
+    if is_local and config.rope_local_theta is not None:
+        return (config.rope_local_theta**pairs).astype(np.float32)
+    frequencies = config.rope_theta**pairs
     if config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_scaling_factor
     elif config.rope_scaling == "llama3":
@@ -29,10 +33,11 @@ def rotary_frequencies(config: config_lib.ModelConfig) -> np.ndarray:
 
 
 def rotary_tables(
-    config: config_lib.ModelConfig, positions_BT: jax.Array
+    config: config_lib.ModelConfig, positions_BT: jax.Array, is_local: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Returns cosines and sines of each position's angles, float32 [B, T, rope_width / 2]."""
-    angles = positions_BT[..., None].astype(jnp.float32) * rotary_frequencies(config)
+    frequencies = rotary_frequencies(config, is_local)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -52,6 +57,17 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate([part.astype(x.dtype) for part in rotated] + [rest], axis=-1)
+
+
+def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+    """Returns the sines and then the cosines of each position, float32 [B, T, width].
+
+    The wavelengths are those of Vaswani et al. 2017, section 3.5; sines and cosines stand apart as in
+    the authors' code, not in turns as in the paper.
+    """
+    frequencies = 10_000.0 ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)[..., : width // 2]], axis=-1)
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

@@ -1,15 +1,18 @@
 """A block, and the stack of them: `jax.vmap` to initialise, `jax.lax.scan` to run, remat between."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 import jax
 from jax import ad_checkpoint
+import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.models import attention
+from llm_jax.models import context as context_lib
 from llm_jax.models import layers
 from llm_jax.models import mlp
 
@@ -36,73 +39,168 @@ REMAT_POLICIES = {
 
 
 class Block(nnx.Module):
-    """Attention and a feed-forward part, each on a residual branch.
+    """Attention, in a decoder that follows an encoder attention to that, and a feed-forward part.
 
-    `pre` normalises what enters a branch (Xiong et al. 2020), `post` what leaves the sum, as in
-    the original Transformer (Vaswani et al. 2017, section 3.1).
+    Each is a residual branch. `pre` normalises what enters it (Xiong et al. 2020), `post` what leaves
+    the sum, as in the original Transformer (Vaswani et al. 2017, section 3.1), `output` what the branch
+    gives (OLMo 2; 2025, section 3.2), `sandwich` what enters it and what it gives (Gemma 2; 2024).
     """
 
-    def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
+    def __init__(
+        self,
+        key: jax.Array,
+        config: config_lib.ModelConfig,
+        rules: sharding.AxisRules,
+        has_cross: bool = False,
+    ):
         attention_key, mlp_key = jax.random.split(key)
-        self.is_pre_norm = config.norm_placement == "pre"
-        self.dropout = config.dropout
-        self.attention_norm = layers.Norm(config, rules)
+        self.placement, self.dropout = config.norm_placement, config.dropout
+        has_norm = config.norm_placement != "output"
+        has_output_norm = config.norm_placement in ("output", "sandwich")
+
+        def norm(is_present: bool) -> layers.Norm | None:
+            return layers.Norm(config, rules) if is_present else None
+
+        self.attention_norm = norm(has_norm)
         self.attention = attention.Attention(attention_key, config, rules)
-        self.mlp_norm = layers.Norm(config, rules)
+        self.attention_output_norm = norm(has_output_norm)
+        self.cross_norm = norm(has_cross and has_norm)
+        cross_key = jax.random.fold_in(key, 1)
+        self.cross_attention = (
+            attention.CrossAttention(cross_key, config, rules) if has_cross else None
+        )
+        self.cross_output_norm = norm(has_cross and has_output_norm)
+        self.mlp_norm = norm(has_norm)
         self.mlp = mlp.Mlp(mlp_key, config, rules)
+        self.mlp_output_norm = norm(has_output_norm)
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        context: attention.Context,
+        context: context_lib.Context,
         key: jax.Array | None = None,
         cache: decode_op.Cache | None = None,
+        is_normalised: jax.Array | None = None,
     ) -> tuple[jax.Array, decode_op.Cache | None]:
-        """Returns [B, T, D] and the layer's cache; `key` turns dropout on."""
-        attention_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        h_BTD = self.attention_norm(x_BTD) if self.is_pre_norm else x_BTD
-        h_BTD, cache = self.attention(h_BTD, context, cache)
-        x_BTD = x_BTD + layers.dropout(h_BTD, self.dropout, attention_key, context.places_T)
-        x_BTD = x_BTD if self.is_pre_norm else self.attention_norm(x_BTD)
-        h_BTD = self.mlp_norm(x_BTD) if self.is_pre_norm else x_BTD
-        h_BTD = self.mlp(h_BTD)
-        x_BTD = x_BTD + layers.dropout(h_BTD, self.dropout, mlp_key, context.places_T)
-        x_BTD = x_BTD if self.is_pre_norm else self.mlp_norm(x_BTD)
-        return x_BTD, cache
+        """Returns [B, T, D] and the layer's cache.
+
+        Args:
+          x_BTD: of the layer before.
+          context: of this kind of layer.
+          key: turns dropout on.
+          cache: keys and values of the tokens before.
+          is_normalised: whether `x_BTD` enters attention as it is; None: it does not.
+        """
+        keys = (None,) * 2 if key is None else jax.random.split(key)
+        more = [None if key is None else jax.random.fold_in(key, i) for i in range(3)]
+
+        def attend(h_BTD):
+            nonlocal cache
+            h_BTD, cache = self.attention(h_BTD, context, more[0], cache)
+            return h_BTD
+
+        norms = (self.attention_norm, self.attention_output_norm)
+        x_BTD = self._add(x_BTD, attend, *norms, keys[0], context, is_normalised)
+        if self.cross_attention is not None:
+            norms = (self.cross_norm, self.cross_output_norm)
+            x_BTD = self._add(
+                x_BTD, lambda h: self.cross_attention(h, context, more[1]), *norms, more[2], context
+            )
+        norms = (self.mlp_norm, self.mlp_output_norm)
+        return self._add(x_BTD, self.mlp, *norms, keys[1], context), cache
+
+    def _add(
+        self,
+        x_BTD: jax.Array,
+        branch: Callable[[jax.Array], jax.Array],
+        norm: layers.Norm | None,
+        output_norm: layers.Norm | None,
+        key: jax.Array | None,
+        context: context_lib.Context,
+        is_normalised: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the sum of `x_BTD` and what a branch makes of it, with the norms of this placement."""
+        h_BTD = x_BTD
+        if self.placement in ("pre", "sandwich"):
+            h_BTD = norm(x_BTD)
+        if is_normalised is not None:
+            h_BTD = jnp.where(is_normalised, x_BTD, h_BTD)
+        h_BTD = branch(h_BTD)
+        if output_norm is not None:
+            h_BTD = output_norm(h_BTD)
+        x_BTD = x_BTD + layers.dropout(h_BTD, self.dropout, key, context.places_T)
+        return norm(x_BTD) if self.placement == "post" else x_BTD
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks whose parameters are stacked along a leading dimension."""
+    """Blocks whose parameters are stacked along a leading dimension."""
 
-    def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
-        self.num_layers = config.num_layers
+    def __init__(
+        self,
+        key: jax.Array,
+        config: config_lib.ModelConfig,
+        rules: sharding.AxisRules,
+        num_layers: int,
+        has_cross: bool = False,
+    ):
+        self.num_layers = num_layers
         self.is_scanned = config.scan_layers
         self.remat = config.remat
-        keys_L = jax.random.split(key, config.num_layers)
-        self.layers = jax.vmap(lambda layer_key: Block(layer_key, config, rules))(keys_L)
+        self.is_entry_normalised = config.is_entry_normalised
+        keys_L = jax.random.split(key, num_layers)
+        self.layers = jax.vmap(lambda key: Block(key, config, rules, has_cross))(keys_L)
 
     def __call__(
-        self, x_BTD: jax.Array, context: attention.Context, key: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        contexts: tuple[context_lib.Context, ...],
+        key: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the output of the last block, [B, T, D]; `key` turns dropout on."""
+        """Returns the output of the last block, [B, T, D].
 
-        def body(x_BTD, layer_and_key):
-            layer, layer_key = layer_and_key
-            x_BTD = ad_checkpoint.checkpoint_name(x_BTD, "block_input")
-            x_BTD, _ = layer(x_BTD, context, layer_key)
+        Args:
+          x_BTD: what enters the first.
+          contexts: of the layers, repeated over all of them.
+          key: turns dropout on.
+        """
+        keys_L = None if key is None else jax.random.split(key, self.num_layers)
+        is_first_L = jnp.arange(self.num_layers) == 0 if self.is_entry_normalised else None
+        stacked = (self.layers, keys_L, is_first_L)
+        bodies = [self._body(context) for context in contexts]
+        period = len(bodies)
+        num_groups = self.num_layers // period if self.is_scanned else 0
+
+        def group(x_BTD, layers_of_group):
+            for index, body in enumerate(bodies):
+                x_BTD = body(x_BTD, _layer(layers_of_group, index))
             return x_BTD, None
 
-        if self.remat != "none":
-            body = jax.checkpoint(
-                body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.is_scanned
+        if num_groups and period == 1:
+            x_BTD, _ = jax.lax.scan(lambda x, layer: (bodies[0](x, layer), None), x_BTD, stacked)
+        elif num_groups:
+            # A pattern is unrolled inside the loop; what is left of one follows it.
+            groups = jax.tree.map(
+                lambda x: x[: num_groups * period].reshape(num_groups, period, *x.shape[1:]),
+                stacked,
             )
-        keys_L = None if key is None else jax.random.split(key, self.num_layers)
-        if self.is_scanned:
-            x_BTD, _ = jax.lax.scan(body, x_BTD, (self.layers, keys_L))
-            return x_BTD
-        for index in range(self.num_layers):
-            x_BTD, _ = body(x_BTD, _layer((self.layers, keys_L), index))
+            x_BTD, _ = jax.lax.scan(group, x_BTD, groups)
+        for index in range(num_groups * period, self.num_layers):
+            x_BTD = bodies[index % period](x_BTD, _layer(stacked, index))
         return x_BTD
+
+    def _body(self, context: context_lib.Context) -> Callable[[jax.Array, Any], jax.Array]:
+        """Returns what runs a layer of one kind, given it, its key and whether it is the first."""
+
+        def body(x_BTD, layer_key_and_place):
+            layer, layer_key, is_first = layer_key_and_place
+            x_BTD = ad_checkpoint.checkpoint_name(x_BTD, "block_input")
+            x_BTD, _ = layer(x_BTD, context, layer_key, is_normalised=is_first)
+            return x_BTD
+
+        if self.remat == "none":
+            return body
+        policy = REMAT_POLICIES[self.remat]
+        return jax.checkpoint(body, policy=policy, prevent_cse=not self.is_scanned)
 
     def unstacked(self) -> list[Block]:
         """Returns the blocks one by one.
@@ -118,11 +216,15 @@ def _layer(stacked: Any, index: int) -> Any:
 
 
 def run_cached(
-    blocks: list[Block], x_BTD: jax.Array, context: attention.Context, cache: Cache
+    blocks: list[Block],
+    x_BTD: jax.Array,
+    contexts: tuple[context_lib.Context, ...],
+    cache: Cache,
 ) -> tuple[jax.Array, Cache]:
     """Runs unstacked blocks with a cache each; returns [B, T, D] and the new caches."""
     new_cache = []
-    for block, layer_cache in zip(blocks, cache, strict=True):
+    for index, (block, layer_cache) in enumerate(zip(blocks, cache, strict=True)):
+        context = contexts[index % len(contexts)]
         x_BTD, layer_cache = block(x_BTD, context, cache=layer_cache)
         new_cache.append(layer_cache)
     return x_BTD, new_cache

@@ -7,7 +7,6 @@ from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.kernels.flash_attention import masks
-from llm_jax.models import attention
 from llm_jax.models import stack
 
 
@@ -32,14 +31,14 @@ def make_cache(
     ]
 
 
-def prompt_mask(config: config_lib.ModelConfig, starts_B: jax.Array, length: int) -> masks.Mask:
-    """Returns the mask among the first `length` slots.
+def prompt_mask(starts_B: jax.Array, length: int) -> masks.Mask:
+    """Returns which of the first `length` slots are of a row's text, as a mask among them.
 
     Prompts of unequal length end at the same slot: row b's text fills slots from `starts_B[b]` on,
     and what lies before is padding, which nothing attends to.
     """
     segments_BS = (jnp.arange(length)[None, :] >= starts_B[:, None]).astype(jnp.int32)
-    return attention.causal_mask(config) & masks.Segments(segments_BS, segments_BS)
+    return masks.Segments(segments_BS, segments_BS)
 
 
 def positions(starts_B: jax.Array, num_tokens: int, slot: jax.Array | int) -> jax.Array:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from llm_jax import config as config_lib
 from llm_jax import dims
 from llm_jax import sharding
-from llm_jax.models import attention
 from llm_jax.models import decoder
 from llm_jax.models import stack
 from llm_jax.sampling import cache as cache_lib
@@ -91,10 +90,10 @@ def _next_logits(
     num_tokens = tokens_BT.shape[1]
     positions_BT = cache_lib.positions(starts_B, num_tokens, slot)
     is_prefill = isinstance(slot, int)
-    mask = cache_lib.prompt_mask(model.config, starts_B, num_tokens) if is_prefill else None
-    context = attention.make_context(model.config, model.rules, positions_BT, mask, slot, starts_B)
+    within = cache_lib.prompt_mask(starts_B, num_tokens) if is_prefill else None
+    contexts = model.decoder.contexts(positions_BT, within, slot=slot, starts_B=starts_B)
     x_BTD = model.decoder.embed(tokens_BT, positions_BT)
-    x_BTD, cache = stack.run_cached(model.blocks, x_BTD, context, cache)
+    x_BTD, cache = stack.run_cached(model.blocks, x_BTD, contexts, cache)
     logits_BTV = model.decoder.logits(x_BTD[:, -1:])
     # The vocabulary is gathered: choosing a token looks at all of it.
     spec = jax.sharding.PartitionSpec(model.rules.act("B")[0], None)

@@ -45,6 +45,26 @@ VARIANTS = {
     "alibi": {"positions": "alibi", "num_heads": 8},
     "no_positions": {"positions": "none"},
     "post_norm": {"norm_placement": "post", "norm": "layernorm"},
+    "sandwich_norm": {"norm_placement": "sandwich", "norm_offset": True},
+    "output_norm": {"norm_placement": "output", "use_qk_norm": True, "qk_norm": "projection"},
+    "local_and_global": {
+        "num_layers": 5,
+        "layer_pattern": "LG",
+        "window": 3,
+        "rope_local_theta": 100.0,
+    },
+    "local_and_global_unrolled": {
+        "num_layers": 3,
+        "layer_pattern": "LG",
+        "window": 3,
+        "scan_layers": False,
+    },
+    "relative": {"positions": "relative", "relative_buckets": 6, "relative_max_distance": 8},
+    "sinusoidal": {"positions": "sinusoidal", "scale_embeddings": True},
+    "scaled": {"scale_logits": True, "attention_scale": 1.0},
+    "query_biases": {"use_qkv_bias": True},
+    "embedding_norm": {"use_embedding_norm": True, "is_entry_normalised": True},
+    "head_transform": {"use_head_transform": True, "use_head_bias": True},
     "biases": {"use_bias": True, "norm": "layernorm", "norm_epsilon": 1e-3, "attention": "jax_nn"},
     "chunked": {"attention": "chunked", "attention_chunk": 5},
     "kernels": {"attention": "pallas", "window": 6, "attention_softcap": 2.0},
@@ -64,7 +84,11 @@ VARIANTS = {
 }
 
 # What other tests of this file turn, or what nothing but the size or the start depends on.
-ELSEWHERE = {"dropout", "remat", "embed_dim", "vocab_size", "max_length", "init_stddev"}
+ELSEWHERE = {"dropout", "attention_dropout", "remat"}
+ELSEWHERE |= {"embed_dim", "vocab_size", "max_length", "init_stddev"}
+# Of other families, and of labels.
+ELSEWHERE |= {"architecture", "num_decoder_layers", "num_token_types", "decoder_start_id"}
+ELSEWHERE |= {"head", "pooling", "use_pooler", "num_labels"}
 
 
 def _config(name, **changes):
@@ -135,6 +159,7 @@ def test_variants_cover_every_option():
         "rope_scaling": config_lib.ROPE_SCALINGS,
         "norm": config_lib.NORMS,
         "norm_placement": config_lib.NORM_PLACEMENTS,
+        "qk_norm": config_lib.QK_NORMS,
         "activation": config_lib.ACTIVATIONS,
         "attention": config_lib.ATTENTIONS,
     }.items():
@@ -147,7 +172,8 @@ def test_variants_cover_every_option():
 def test_token_reaches_itself_and_later_ones_within_the_window(variant):
     config, _, _, logits_BTV = variant
     scale = np.abs(logits_BTV).max()
-    reach = LENGTH if config.window is None else config.num_layers * (config.window - 1)
+    has_global = config.window is None or "G" in config.layer_pattern
+    reach = LENGTH if has_global else config.num_layers * (config.window - 1)
     for t in range(LENGTH):
         changed_T = _differ(logits_BTV[0], logits_BTV[t + 1], scale)
         seen = np.zeros(LENGTH, bool)
@@ -351,11 +377,19 @@ def _num_params(m):
     if m.use_bias:
         attention += heads + 2 * kv_heads + m.embed_dim
         mlp += (2 if m.is_gated else 1) * m.mlp_width + m.embed_dim
+    elif m.use_qkv_bias:
+        attention += heads + 2 * kv_heads
     if m.use_qk_norm:
-        attention += 2 * m.head_width
-    total = m.num_layers * (attention + mlp + 2 * norm) + m.vocab_size * m.embed_dim
-    total += norm if m.norm_placement == "pre" else 0
+        attention += 2 * m.head_width if m.qk_norm == "head" else heads + kv_heads
+    norms = 4 if m.norm_placement == "sandwich" else 2
+    total = m.num_layers * (attention + mlp + norms * norm) + m.vocab_size * m.embed_dim
+    total += norm if m.norm_placement != "post" else 0
+    total += norm if m.use_embedding_norm else 0
     total += m.max_length * m.embed_dim if m.positions == "learned" else 0
+    total += m.num_heads * m.relative_buckets if m.positions == "relative" else 0
+    if m.use_head_transform:
+        total += m.embed_dim**2 + norm + (m.embed_dim if m.use_bias else 0)
+    total += m.vocab_size if m.use_head_bias else 0
     return total + (0 if m.tie_embeddings else m.vocab_size * m.embed_dim)
 
 
