@@ -9,14 +9,22 @@ import numpy as np
 class Batch(NamedTuple):
     """Rows of tokens with their targets; a pytree, so that it passes through `jax.jit`.
 
-    Every field is [B, T]: numpy from the pipeline, `jax.Array` once it is on the mesh.
+    Fields are [B, T], but for those of an encoder-decoder's encoder, [B, S], and for labels of whole
+    rows: targets of a sequence are [B] (int32, float32 in a regression), those of a span [B, 2] (its
+    first and last token); their weights are [B]. They are numpy from the pipeline, `jax.Array` once
+    they are on the mesh, and None where a model does not take them.
     """
 
-    tokens: Any  # int32: inputs
-    targets: Any  # int32: the token that follows each input
+    tokens: Any  # int32: inputs, of the decoder where there is an encoder beside it
+    targets: Any  # int32: the token to predict at each input; labels
     weights: Any  # float32: 1 where the target counts in the loss, else 0
-    segments: Any  # int32: documents of a row, counted from 1; 0 is padding
-    positions: Any  # int32: of each token within its document's part of this row, from 0
+    segments: Any  # int32: documents or examples of a row, counted from 1; 0 is padding
+    positions: Any  # int32: of each token within its segment, from 0
+    token_types: Any = None  # int32: which text of an example a token is of
+    prefix: Any = None  # bool: tokens that see each other both ways
+    encoder_tokens: Any = None  # int32
+    encoder_segments: Any = None  # int32: a segment of the decoder sees the one of its number
+    encoder_positions: Any = None  # int32
 
 
 def empty(rows: int, length: int, pad_id: int) -> Batch:

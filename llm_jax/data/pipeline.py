@@ -132,13 +132,14 @@ def _batches(
 ) -> Iterator[batch_lib.Batch]:
     """Reads each element of a dataset of window indices, int64 [num_rows], into a batch."""
     length = data_config.sequence_length
-    dtypes = batch_lib.Batch(tf.int32, tf.int32, tf.float32, tf.int32, tf.int32)
+    dtypes = (tf.int32, tf.int32, tf.float32, tf.int32, tf.int32)  # the others are None
 
     def read(indices: np.ndarray) -> list[np.ndarray]:
-        return list(packing.windows(cache, indices, length=length, packing=data_config.packing))
+        read = packing.windows(cache, indices, length=length, packing=data_config.packing)
+        return list(read[: len(dtypes)])
 
     def load(indices: Any) -> Any:
-        arrays = tf.numpy_function(read, [indices], list(dtypes), stateful=False)
+        arrays = tf.numpy_function(read, [indices], dtypes, stateful=False)
         return tuple(tf.ensure_shape(array, (num_rows, length)) for array in arrays)
 
     options = tf.data.Options()

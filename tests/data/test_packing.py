@@ -76,7 +76,13 @@ def test_windows_are_as_defined(lengths, length, kind):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name), name)
     counts = actual.segments > 0
     np.testing.assert_array_equal(actual.targets[counts], expected.targets[counts])
-    assert [a.dtype.name for a in actual] == ["int32", "int32", "float32", "int32", "int32"]
+    assert [a.dtype.name for a in actual if a is not None] == [
+        "int32",
+        "int32",
+        "float32",
+        "int32",
+        "int32",
+    ]
 
 
 @hypothesis.given(lengths=LENGTHS, length=LENGTH, kind=st.sampled_from(["packed", "concat"]))
@@ -111,7 +117,7 @@ def test_documents_do_not_leak(lengths, length):
 def test_padding_rows_have_no_weight():
     cache, _ = _stream([5, 5])
     windows = packing.windows(cache, np.array([0, -1]), length=4, packing="packed")
-    for mine, empty in zip(windows, batch.empty(1, 4, PAD), strict=True):
+    for mine, empty in zip(windows[:5], batch.empty(1, 4, PAD)[:5], strict=True):
         np.testing.assert_array_equal(mine[1:], empty)
     assert windows.weights[1].sum() == 0 and windows.weights[0].sum() > 0
 
