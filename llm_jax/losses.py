@@ -1,4 +1,4 @@
-"""Next-token cross-entropy and its companions, as sums that batches can be added up from."""
+"""Cross-entropy of tokens and of labels, as sums that batches can be added up from."""
 
 from typing import NamedTuple
 
@@ -32,6 +32,30 @@ def next_token_terms(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.
     is_target_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
     target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     return log_z_BT - target_logit_BT, log_z_BT
+
+
+def label_terms(
+    head: str, logits: jax.Array, targets: jax.Array, segments_BT: jax.Array
+) -> jax.Array:
+    """Returns the loss of each label: the cross-entropy in nats, or a squared error.
+
+    Args:
+      head: as `config.model.head`. `sequence`: logits [B, Y], targets [B], losses [B]; of a single
+        logit, a regression (float32 targets). `token`: [B, T, Y], [B, T] and [B, T]. `span`: [B, T, 2]
+        of the first and the last token of an answer, [B, 2] and [B], the mean of both (Devlin et al.
+        2019, section 4.2).
+      logits, targets: float32, and int32 but for regression.
+      segments_BT: int32; no answer begins or ends where it is 0.
+    """
+    if head == "sequence" and logits.shape[-1] == 1:
+        return jnp.square(logits[:, 0] - targets)
+    if head == "span":
+        is_text_BT1 = (segments_BT > 0)[..., None]
+        logits_BT2 = jnp.where(is_text_BT1, logits, jnp.finfo(logits.dtype).min)
+        log_z_B2 = jax.nn.logsumexp(logits_BT2, axis=1)
+        is_target_BT2 = jnp.arange(logits.shape[1])[None, :, None] == targets[:, None, :]
+        return jnp.mean(log_z_B2 - jnp.sum(jnp.where(is_target_BT2, logits, 0.0), axis=1), axis=-1)
+    return next_token_terms(logits, targets)[0]
 
 
 def weighted_sums(

@@ -17,7 +17,6 @@ from llm_jax.data import batch as batch_lib
 from llm_jax.kernels.cross_entropy import op as cross_entropy
 from llm_jax.kernels.flash_attention import ring
 from llm_jax.models import build
-from llm_jax.models import decoder
 
 Metrics = dict[str, jax.Array]
 
@@ -36,7 +35,7 @@ class TrainState:
 
     step: jax.Array
     num_skipped: jax.Array
-    model: decoder.Decoder
+    model: build.Model
     opt_state: Any
 
 
@@ -76,19 +75,31 @@ def abstract_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> T
     return dataclasses.replace(state, opt_state=jax.tree.map(in_host_memory, state.opt_state))
 
 
+def states(
+    config: config_lib.RunConfig,
+    model: build.Model,
+    batch: batch_lib.Batch,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Returns what a model's head reads of a batch, [B, T, D]; `key` turns dropout on."""
+    # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
+    is_told = config.data.packing == "packed" or config.model.architecture != "decoder"
+    segments_BT = batch.segments if is_told else None
+    inputs = batch_lib.model_inputs(batch)
+    return model.hidden(batch.tokens, batch.positions, segments_BT, key, **inputs)
+
+
 def token_losses(
     config: config_lib.RunConfig,
-    model: decoder.Decoder,
+    model: build.Model,
     batch: batch_lib.Batch,
     key: jax.Array | None = None,
 ) -> cross_entropy.TokenLosses:
-    """Returns the losses of a batch's tokens, and their sum; `key` turns dropout on.
+    """Returns the losses of a batch's tokens in the vocabulary; `key` turns dropout on.
 
     Tokens are in the order that the model takes, which `_in_order` makes.
     """
-    # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
-    segments_BT = batch.segments if config.data.packing == "packed" else None
-    x_BTD = model.hidden(batch.tokens, batch.positions, segments_BT, key)
+    x_BTD = states(config, model, batch, key)
     head_dims, head = model.head()
     return cross_entropy.cross_entropy(
         x_BTD,
@@ -100,32 +111,47 @@ def token_losses(
         chunk=config.train.cross_entropy_chunk,
         softcap=config.model.logit_softcap,
         z_loss=config.train.z_loss,
+        bias_V=None if model.head_bias_V is None else model.head_bias_V[...],
     )
 
 
-def _in_order(model: decoder.Decoder, batch: batch_lib.Batch) -> batch_lib.Batch:
+def _in_order(model: build.Model, batch: batch_lib.Batch) -> batch_lib.Batch:
     """Returns the batch in the order that balances a ring, where keys go around; sums do not see it."""
     return jax.tree.map(ring.zigzag, batch) if model.rules.context == "ring" else batch
 
 
-def _sums(tokens: cross_entropy.TokenLosses, batch: batch_lib.Batch) -> losses.LossSums:
-    return losses.weighted_sums(tokens.cross_entropy_BT, tokens.log_z_BT, batch.weights)
+def _objective(
+    config: config_lib.RunConfig,
+    model: build.Model,
+    batch: batch_lib.Batch,
+    key: jax.Array | None,
+) -> tuple[jax.Array, losses.LossSums]:
+    """Returns what is minimised, summed over a batch, and the sums that are reported."""
+    if config.model.head == "lm":
+        tokens = token_losses(config, model, batch, key)
+        terms = (tokens.cross_entropy_BT, tokens.log_z_BT)
+        return tokens.objective, losses.weighted_sums(*terms, batch.weights)
+    body_key, head_key = (None, None) if key is None else jax.random.split(key)
+    x_BTD = states(config, model, batch, body_key)
+    logits = model.label_logits(x_BTD, batch.segments, head_key)
+    terms = losses.label_terms(config.model.head, logits, batch.targets, batch.segments)
+    sums = losses.weighted_sums(terms, jnp.zeros_like(terms), batch.weights)
+    return sums.cross_entropy, sums
 
 
 def loss_sums(
     config: config_lib.RunConfig,
-    model: decoder.Decoder,
+    model: build.Model,
     batch: batch_lib.Batch,
     key: jax.Array | None = None,
 ) -> losses.LossSums:
     """Returns the summed losses of a batch; `key` turns dropout on."""
-    batch = _in_order(model, batch)
-    return _sums(token_losses(config, model, batch, key), batch)
+    return _objective(config, model, _in_order(model, batch), key)[1]
 
 
 def gradients(
-    config: config_lib.RunConfig, model: decoder.Decoder, batch: batch_lib.Batch, key: jax.Array
-) -> tuple[decoder.Decoder, losses.LossSums]:
+    config: config_lib.RunConfig, model: build.Model, batch: batch_lib.Batch, key: jax.Array
+) -> tuple[build.Model, losses.LossSums]:
     """Returns the gradient of the mean loss over the whole batch, and its sums.
 
     Microbatches are weighted by their tokens: each adds its summed loss over the weight of the
@@ -136,8 +162,9 @@ def gradients(
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def loss(model, batch, key):
-        tokens = token_losses(config, model, batch, key if config.model.dropout else None)
-        return tokens.objective / weight, _sums(tokens, batch)
+        drops = config.model.dropout or config.model.attention_dropout
+        objective, sums = _objective(config, model, batch, key if drops else None)
+        return objective / weight, sums
 
     gradient = jax.grad(loss, has_aux=True)
     if num_micro == 1:

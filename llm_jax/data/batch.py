@@ -27,6 +27,22 @@ class Batch(NamedTuple):
     encoder_positions: Any = None  # int32
 
 
+# What a model's `hidden` calls the fields that not every batch has.
+_ARGUMENTS = {
+    "token_types": "token_types_BT",
+    "prefix": "prefix_BT",
+    "encoder_tokens": "encoder_tokens_BS",
+    "encoder_segments": "encoder_segments_BS",
+    "encoder_positions": "encoder_positions_BS",
+}
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Returns the arguments of a model's `hidden` beside tokens, positions and segments."""
+    fields = batch._asdict()
+    return {name: fields[field] for field, name in _ARGUMENTS.items() if fields[field] is not None}
+
+
 def empty(rows: int, length: int, pad_id: int) -> Batch:
     """Returns a batch of padding, [rows, length] each: it has no weight anywhere."""
     shape = (rows, length)

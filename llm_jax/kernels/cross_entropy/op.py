@@ -51,6 +51,7 @@ def cross_entropy(
     chunk: int,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    bias_V: jax.Array | None = None,
     blocks: kernels.Blocks | None = None,
 ) -> TokenLosses:
     """Scores targets with `softmax(softcap(x @ head))` by the named implementation.
@@ -69,6 +70,7 @@ def cross_entropy(
       chunk: tokens of a device whose logits exist at a time.
       softcap: logits are capped to +-this by tanh; None: they are not.
       z_loss: weight of the squared logsumexp (Chowdhery et al. 2022, section 5).
+      bias_V: of the logits (BERT); for `reference`, which `auto` takes then.
 
     Raises:
       ValueError: shapes that do not fit each other, an unknown implementation, or a sharding that
@@ -76,12 +78,19 @@ def cross_entropy(
     """
     _check(x_BTD, head, targets_BT, weights_BT, head_dims, chunk)
     device_kind = placement.device_kind()
+    if bias_V is not None:
+        if implementation not in ("auto", "reference"):
+            raise ValueError(
+                f"cross-entropy {implementation!r} takes no bias of the vocabulary, {bias_V.shape}; use"
+                " 'auto' or 'reference', or a head without (model.use_head_bias = False)"
+            )
+        implementation = "reference"
     if implementation == "auto":
         implementation = _choose(x_BTD, head, head_dims, chunk, device_kind)
     how = {"head_dims": head_dims, "softcap": softcap, "z_loss": z_loss}
     arrays = (x_BTD, head, targets_BT, weights_BT)
     if implementation == "reference":
-        return TokenLosses(*reference.cross_entropy(*arrays, **how))
+        return TokenLosses(*reference.cross_entropy(*arrays, bias_V=bias_V, **how))
     if implementation == "chunked":
         return TokenLosses(*devices.cross_entropy(chunked.Chunked(chunk=chunk, **how), *arrays))
     if implementation == "pallas":

@@ -16,6 +16,7 @@ def cross_entropy(
     head_dims: str,
     softcap: float | None,
     z_loss: float,
+    bias_V: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the objective, cross-entropies and logsumexps, as `op.cross_entropy` defines them."""
     spec = None
@@ -28,6 +29,8 @@ def cross_entropy(
         head.astype(x_BTD.dtype),
         out_sharding=spec,
     ).astype(jnp.float32)
+    if bias_V is not None:
+        logits_BTV = logits_BTV + bias_V.astype(jnp.float32)
     if softcap is not None:
         logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
     cross_entropy_BT, log_z_BT = losses.next_token_terms(logits_BTV, targets_BT)
