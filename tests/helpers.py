@@ -9,6 +9,7 @@ from llm_jax import config as config_lib
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax.data import batch as batch_lib
+from llm_jax.data import placement
 from llm_jax.models import build
 
 TINY = config_lib.ModelConfig(
@@ -30,6 +31,51 @@ GPT2 = {
     "is_gated": False,
     "use_bias": True,
     "num_kv_heads": None,
+}
+
+BERT = GPT2 | {
+    "architecture": "encoder",
+    "norm_placement": "post",
+    "activation": "gelu",
+    "use_embedding_norm": True,
+    "num_token_types": 2,
+    "use_head_transform": True,
+    "use_head_bias": True,
+}
+
+T5 = {
+    "architecture": "encoder_decoder",
+    "num_decoder_layers": 3,
+    "positions": "relative",
+    "relative_buckets": 6,
+    "relative_max_distance": 8,
+    "num_kv_heads": None,
+    "activation": "gelu_tanh",
+    "attention_scale": 1.0,
+    "scale_logits": True,
+}
+
+TRANSFORMER_2017 = {
+    "architecture": "encoder_decoder",
+    "positions": "sinusoidal",
+    "scale_embeddings": True,
+    "norm": "layernorm",
+    "norm_placement": "post",
+    "activation": "relu",
+    "is_gated": False,
+    "use_bias": True,
+    "num_kv_heads": None,
+}
+
+GEMMA3 = {
+    "num_layers": 3,
+    "layer_pattern": "LG",
+    "window": 4,
+    "rope_local_theta": 100.0,
+    "norm_placement": "sandwich",
+    "norm_offset": True,
+    "use_qk_norm": True,
+    "scale_embeddings": True,
 }
 
 
@@ -68,27 +114,70 @@ def make_model(config: config_lib.ModelConfig, rules: sharding.AxisRules, seed: 
     return jax.jit(lambda key: build.make_model(key, config, rules))(jax.random.key(seed))
 
 
-def random_batch(config: config_lib.RunConfig, seed: int = 0, ragged: bool = True):
-    """Returns a host batch of random tokens; `ragged` gives two documents a row, uneven weights."""
-    rng = np.random.default_rng(seed)
-    shape = (config.data.batch_size, config.data.sequence_length)
-    tokens = rng.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+def _random_segments(rng, shape: tuple[int, int], ragged: bool):
+    """Returns document numbers and positions: one document a row, or if `ragged` two."""
     segments = np.ones(shape, np.int32)
     positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+    cuts = rng.integers(1, shape[1], shape[0])
+    for row in range(shape[0] if ragged else 0):
+        segments[row, cuts[row] :] = 2
+        positions[row, cuts[row] :] -= cuts[row]
+    return segments, positions
+
+
+def random_batch(config: config_lib.RunConfig, seed: int = 0, ragged: bool = True):
+    """Returns a host batch of random tokens; `ragged` gives two documents a row, uneven weights.
+
+    It has the fields that the model takes, and labels where its head asks for them.
+    """
+    rng = np.random.default_rng(seed)
+    model, vocab_size = config.model, config.model.vocab_size
+    shape = (config.data.batch_size, config.data.sequence_length)
+    tokens = rng.integers(0, vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+    segments, positions = _random_segments(rng, shape, ragged)
     weights = np.ones(shape, np.float32)
-    if ragged:
-        for row in range(shape[0]):
-            cut = int(rng.integers(1, shape[1]))
-            segments[row, cut:] = 2
-            positions[row, cut:] -= cut
-            weights[row, int(rng.integers(1, shape[1])) :] = 0.0
-    return batch_lib.Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions)
+    for row in range(shape[0] if ragged else 0):
+        weights[row, int(rng.integers(1, shape[1])) :] = 0.0
+    batch = batch_lib.Batch(tokens[:, :-1], tokens[:, 1:], weights, segments, positions)
+    if model.num_token_types:
+        types = rng.integers(0, model.num_token_types, shape).astype(np.int32)
+        batch = batch._replace(token_types=types)
+    if config.objective.name == "prefix":
+        batch = batch._replace(prefix=positions < rng.integers(0, shape[1], (shape[0], 1)))
+    if model.architecture == "encoder_decoder":
+        length = 2 * shape[1]  # of an encoder, whose sequence is another
+        encoder_segments, encoder_positions = _random_segments(rng, (shape[0], length), ragged)
+        encoder_tokens = rng.integers(0, vocab_size, (shape[0], length)).astype(np.int32)
+        batch = batch._replace(
+            encoder_tokens=encoder_tokens,
+            encoder_segments=encoder_segments,
+            encoder_positions=encoder_positions,
+        )
+    return _with_labels(rng, model, batch)
+
+
+def _with_labels(rng, model: config_lib.ModelConfig, batch: batch_lib.Batch) -> batch_lib.Batch:
+    num_rows, length = batch.tokens.shape
+    if model.head == "sequence" and model.num_labels == 1:
+        targets = rng.standard_normal(num_rows).astype(np.float32)
+    elif model.head == "sequence":
+        targets = rng.integers(0, model.num_labels, num_rows).astype(np.int32)
+    elif model.head == "span":
+        targets = np.sort(rng.integers(0, length, (num_rows, 2)), axis=1).astype(np.int32)
+    elif model.head == "token":
+        targets = rng.integers(0, model.num_labels, batch.tokens.shape).astype(np.int32)
+        return batch._replace(targets=targets)
+    else:
+        return batch
+    weights = rng.integers(1, 3, num_rows).astype(np.float32)
+    return batch._replace(targets=targets, weights=weights)
 
 
 def place(host_batch, mesh, rules):
     """Puts a host batch on a mesh."""
     target = jax.sharding.NamedSharding(mesh, rules.act("BT"))
-    return jax.tree.map(lambda x: jax.device_put(x, target), host_batch)
+    rows = np.arange(len(host_batch.tokens))
+    return placement.to_mesh(host_batch, target, len(rows), rows)
 
 
 def random_model(

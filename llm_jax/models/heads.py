@@ -22,11 +22,10 @@ class Transform(nnx.Module):
         self.dense_bias_D = layers.bias_param(config.use_bias, "dense_bias_D", (D,), rules, dtype)
         self.norm = layers.Norm(config, rules)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns [B, T, D]."""
-        spec = self.rules.act("BTD")
-        h_BTD = layers.project("BTD,DM->BTM", x_BTD, self.dense_DM, self.dense_bias_D, spec)
-        return self.norm(mlp.ACTIVATIONS[self.activation](h_BTD))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Takes and returns [B, T, D] or [B, D]."""
+        h = _project("M", x, self.dense_DM, self.dense_bias_D, self.rules)
+        return self.norm(mlp.ACTIVATIONS[self.activation](h))
 
 
 class Pooler(nnx.Module):
@@ -38,12 +37,9 @@ class Pooler(nnx.Module):
         self.dense_DM = layers.normal_param(key, "dense_DM", (D, D), std, rules, dtype)
         self.dense_bias_D = layers.bias_param(config.use_bias, "dense_bias_D", (D,), rules, dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns [B, T, D]."""
-        spec = self.rules.act("BTD")
-        return jnp.tanh(
-            layers.project("BTD,DM->BTM", x_BTD, self.dense_DM, self.dense_bias_D, spec)
-        )
+    def __call__(self, x_BD: jax.Array) -> jax.Array:
+        """Returns [B, D]."""
+        return jnp.tanh(_project("M", x_BD, self.dense_DM, self.dense_bias_D, self.rules))
 
 
 class Labels(nnx.Module):
@@ -56,11 +52,22 @@ class Labels(nnx.Module):
         self.dense_DY = layers.normal_param(key, "dense_DY", (D, num_labels), std, rules, dtype)
         self.dense_bias_Y = layers.full_param("dense_bias_Y", (num_labels,), 0.0, rules, dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns float32 logits, [B, T, Y]."""
-        spec = self.rules.act("BTY")
-        y_BTY = layers.project("BTD,DY->BTY", x_BTD, self.dense_DY, self.dense_bias_Y, spec)
-        return y_BTY.astype(jnp.float32)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float32 logits, [B, T, Y] of [B, T, D], or [B, Y] of [B, D]."""
+        return _project("Y", x, self.dense_DY, self.dense_bias_Y, self.rules).astype(jnp.float32)
+
+
+def _project(
+    outputs: str,
+    x: jax.Array,
+    kernel: nnx.Param,
+    bias: nnx.Param | None,
+    rules: sharding.AxisRules,
+) -> jax.Array:
+    """Projects states of tokens, [B, T, D], or of sequences, [B, D], to dimension `outputs`."""
+    batch = "BT" if x.ndim == 3 else "B"
+    spec = rules.act(batch + outputs)
+    return layers.project(f"{batch}D,D{outputs}->{batch}{outputs}", x, kernel, bias, spec)
 
 
 class Reader(nnx.Module):
@@ -120,15 +127,14 @@ class Reader(nnx.Module):
           segments_BT: 0 where a row has no text; None: it has everywhere.
           key: turns dropout on.
         """
-        if self.config.head == "sequence":
-            x_BTD = self.pooled(x_BTD, segments_BT)[:, None]
+        if self.config.head != "sequence":
             x_BTD = x_BTD if self.head_transform is None else self.head_transform(x_BTD)
-        elif self.head_transform is not None:
-            x_BTD = self.head_transform(x_BTD)
-        places_T = jnp.arange(x_BTD.shape[1])
-        x_BTD = layers.dropout(x_BTD, self.config.dropout, key, places_T)
-        logits_BTY = self.labels(x_BTD)
-        return logits_BTY[:, 0] if self.config.head == "sequence" else logits_BTY
+            places_T = jax.sharding.reshard(jnp.arange(x_BTD.shape[1]), self.rules.act("T"))
+            return self.labels(layers.dropout(x_BTD, self.config.dropout, key, places_T))
+        x_BD = self.pooled(x_BTD, segments_BT)
+        x_BD = x_BD if self.head_transform is None else self.head_transform(x_BD)
+        x_B1D = layers.dropout(x_BD[:, None], self.config.dropout, key, jnp.zeros(1, jnp.int32))
+        return self.labels(x_B1D[:, 0])
 
     def pooled(self, x_BTD: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """Returns the state that stands for a sequence, [B, D], by `config.pooling`."""
@@ -151,4 +157,4 @@ class Reader(nnx.Module):
         pooled_BD = jnp.einsum(
             "BTD,BT->BD", x_BTD.astype(jnp.float32), share_BT, out_sharding=spec
         ).astype(x_BTD.dtype)
-        return pooled_BD if self.pooler is None else self.pooler(pooled_BD[:, None])[:, 0]
+        return pooled_BD if self.pooler is None else self.pooler(pooled_BD)

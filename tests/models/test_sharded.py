@@ -23,6 +23,13 @@ MODELS = {
         "attention_chunk": 8,
     },
     "kernels": {"attention": "pallas", "attention_softcap": 2.0},
+    "bert": helpers.BERT | {"attention_dropout": 0.2},
+    "classifier": helpers.BERT | {"head": "sequence", "num_labels": 3, "use_pooler": True},
+    "token_labels": helpers.BERT | {"head": "token", "num_labels": 3, "dropout": 0.2},
+    "span": helpers.BERT | {"head": "span"},
+    "prefix": {},
+    "t5": helpers.T5 | {"dropout": 0.2},
+    "gemma3": helpers.GEMMA3,
 }
 
 # Sizes along replica, data, seq, expert, tensor; rules; other choices.
@@ -52,13 +59,22 @@ _LEFT_OUT = {
     "gpt2": ("replicated_heads", "replicated_heads_ring"),
     "kernels": ("fsdp_cp", "fsdp_cp_ring", "multislice", "multislice_ring", "replicated_heads"),
 }
+_MESHES_OF = {
+    "bert": ("fsdp", "fsdp_tp_seq", "fsdp_cp_ring"),
+    "classifier": ("fsdp_tp_seq",),
+    "t5": ("dp", "fsdp_replica", "fsdp_tp_seq", "multislice"),
+    "token_labels": ("fsdp_tp_seq",),
+    "span": ("fsdp_tp_seq",),
+    "prefix": ("fsdp_tp_seq", "multislice_ring"),
+    "gemma3": ("fsdp_seq", "fsdp_tp_seq", "multislice_ring"),
+}
 
 _LONG = {("kernels", "replicated_heads_ring")}
 
 _CASES = [
     pytest.param(model, mesh, marks=[pytest.mark.long] if (model, mesh) in _LONG else [])
     for model in MODELS
-    for mesh in MESHES
+    for mesh in _MESHES_OF.get(model, MESHES)
     if mesh not in _LEFT_OUT.get(model, ())
 ]
 
@@ -66,8 +82,9 @@ _CASES = [
 def _config(model, **sections):
     # Two of the models, of a tied head and of one of its own, are scored by chunks of tokens.
     train = {"z_loss": 0.05, "cross_entropy_chunk": 3}
-    train["cross_entropy"] = "reference" if model == "gpt2" else "chunked"
-    return helpers.tiny_run_config(MODELS[model], train=train, **sections)
+    train["cross_entropy"] = "reference" if model in ("gpt2", "bert") else "chunked"
+    objective = {"name": "prefix" if model == "prefix" else "causal"}
+    return helpers.tiny_run_config(MODELS[model], train=train, objective=objective, **sections)
 
 
 @functools.cache
