@@ -28,7 +28,6 @@ from llm_jax.data import placement
 from llm_jax.data import prepare
 from llm_jax.data import token_cache
 from llm_jax.models import build
-from llm_jax.models import decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +44,9 @@ class Evaluator:
     cache: token_cache.TokenCache
     config: config_lib.RunConfig
     batch_sharding: jax.sharding.NamedSharding
-    eval_step: Callable[[decoder.Decoder, batch_lib.Batch], losses.LossSums]
+    eval_step: Callable[[build.Model, batch_lib.Batch], losses.LossSums]
 
-    def __call__(self, model: decoder.Decoder) -> dict[str, float]:
+    def __call__(self, model: build.Model) -> dict[str, float]:
         """Returns `eval/<split>/loss` (nats a token), `perplexity` and `bits_per_byte`."""
         total = None
         for batch in self._batches():

@@ -19,6 +19,7 @@ GREEDY = samplers.SamplingParams(temperature=0.0)
 NO_EOS = -1  # no token ends a row
 
 VARIANTS = {
+    "gemma3": helpers.GEMMA3,
     "llama_gqa": {},
     "gpt2": helpers.GPT2,
     "window": {"window": 4},

@@ -1,0 +1,115 @@
+"""Encoder-decoders: who sees whom across the two, packing, padding and implementations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.data import batch as batch_lib
+from tests import helpers
+
+T, S = 8, 12
+
+VARIANTS = {
+    "t5": helpers.T5,
+    "t5_untied": helpers.T5 | {"tie_embeddings": False, "scale_logits": False},
+    "transformer_2017": helpers.TRANSFORMER_2017,
+    "kernels": helpers.T5 | {"attention": "pallas"},
+    "chunked": helpers.T5 | {"attention": "chunked", "attention_chunk": 5},
+    "unrolled": helpers.T5 | {"scan_layers": False},
+    "remat": helpers.T5 | {"remat": "full"},
+}
+
+
+def _model(**changes):
+    return helpers.random_model(helpers.tiny_model_config(**changes), *helpers.make_mesh())
+
+
+@jax.jit
+def _jitted(model, batch):
+    inputs = batch_lib.model_inputs(batch)
+    return model(batch.tokens, batch.positions, batch.segments, **inputs)
+
+
+def _logits(model, batch):
+    with jax.set_mesh(helpers.make_mesh()[0]):
+        return np.asarray(_jitted(model, jax.tree.map(jnp.asarray, batch)))
+
+
+def _batch(rows=4):
+    rng = np.random.default_rng(0)
+
+    def side(length):
+        tokens = rng.integers(0, helpers.TINY.vocab_size, (rows, length)).astype(np.int32)
+        return tokens, np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+
+    (tokens, positions), (encoder_tokens, encoder_positions) = side(T), side(S)
+    return batch_lib.Batch(
+        tokens,
+        tokens,
+        np.ones(tokens.shape, np.float32),
+        np.ones(tokens.shape, np.int32),
+        positions,
+        encoder_tokens=encoder_tokens,
+        encoder_segments=np.ones(encoder_tokens.shape, np.int32),
+        encoder_positions=encoder_positions,
+    )
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    return _model(**VARIANTS[request.param])
+
+
+def _other(tokens):
+    return (tokens + 7) % helpers.TINY.vocab_size
+
+
+def test_the_decoder_sees_all_of_the_encoder_and_its_own_past(model):
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], 4, axis=0), _batch())
+    batch.encoder_tokens[1, -1] = _other(batch.encoder_tokens[1, -1])
+    batch.tokens[2, 5] = _other(batch.tokens[2, 5])
+    logits_BTV = _logits(model, batch)
+    changed_BT = np.abs(logits_BTV - logits_BTV[0]).max(-1)
+    assert changed_BT[1].min() > 1e-6
+    np.testing.assert_array_equal(changed_BT[2] > 1e-6, np.arange(T) >= 5)
+
+
+def test_packed_and_padded_pairs_equal_each_alone(model):
+    batch, cut, encoder_cut = _batch(), 3, 7
+    tokens, encoder_tokens = batch.tokens, batch.encoder_tokens
+    batch.segments[0, cut:] = 2
+    batch.positions[0, cut:] -= cut
+    batch.encoder_segments[0, encoder_cut:] = 2
+    batch.encoder_positions[0, encoder_cut:] -= encoder_cut
+    # Rows 1 and 2: the first pair and the second alone, with padding behind.
+    tokens[1, :cut], encoder_tokens[1, :encoder_cut] = (
+        tokens[0, :cut],
+        encoder_tokens[0, :encoder_cut],
+    )
+    batch.segments[1, cut:] = batch.encoder_segments[1, encoder_cut:] = 0
+    tokens[2, : T - cut] = tokens[0, cut:]
+    encoder_tokens[2, : S - encoder_cut] = encoder_tokens[0, encoder_cut:]
+    batch.segments[2, T - cut :] = batch.encoder_segments[2, S - encoder_cut :] = 0
+    logits_BTV = _logits(model, batch)
+    helpers.assert_close(logits_BTV[0, :cut], logits_BTV[1, :cut])
+    helpers.assert_close(logits_BTV[0, cut:], logits_BTV[2, : T - cut])
+
+
+@pytest.mark.parametrize("name", ["kernels", "chunked", "unrolled", "remat"])
+def test_implementations_agree(name):
+    wanted = _logits(_model(**helpers.T5), _batch())
+    helpers.assert_close(_logits(_model(**VARIANTS[name]), _batch()), wanted)
+
+
+def test_missing_segments_are_one_pair_a_row():
+    model, batch = _model(**helpers.T5), _batch()
+    without = batch._replace(segments=None, encoder_segments=None)
+    helpers.assert_close(_logits(model, without), _logits(model, batch))
+
+
+def test_an_encoder_and_a_decoder_have_their_own_number_of_layers():
+    model = _model(**helpers.T5)
+    assert model.encoder.stack.layers.mlp.up_DF.shape[0] == 2
+    assert model.decoder.stack.layers.mlp.up_DF.shape[0] == 3
+    assert model.encoder.stack.layers.cross_attention is None
