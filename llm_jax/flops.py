@@ -22,28 +22,84 @@ PEAK_FLOPS = {
 }
 
 
-def matmul_params(m: config_lib.ModelConfig) -> int:
-    """Returns how many parameters take part in a matrix product for each token."""
+def layer_params(m: config_lib.ModelConfig, has_cross: bool = False) -> int:
+    """Returns how many parameters of one layer take part in matrix products."""
     attention = m.embed_dim * m.head_width * 2 * (m.num_heads + m.kv_heads)
     mlp = (3 if m.is_gated else 2) * m.embed_dim * m.mlp_width
-    return m.num_layers * (attention + mlp) + m.embed_dim * m.vocab_size
+    return (2 if has_cross else 1) * attention + mlp
 
 
-def forward_flops_per_token(m: config_lib.ModelConfig, length: int) -> float:
-    """Returns the operations of a forward pass for one token of a sequence of `length` tokens.
+def head_params(m: config_lib.ModelConfig) -> int:
+    """Returns how many parameters multiply the state of each token, or of each labelled sequence."""
+    if m.head == "none":
+        return 0
+    outputs = {"lm": m.vocab_size, "span": 2}.get(m.head, m.num_labels)
+    num_square = m.use_head_transform + (m.use_pooler and m.head == "sequence")
+    return m.embed_dim * outputs + num_square * m.embed_dim**2
 
-    Attention counts the keys that a causal query sees on average, not the whole square.
+
+def matmul_params(m: config_lib.ModelConfig) -> int:
+    """Returns how many parameters of a decoder or an encoder multiply the state of each token."""
+    return m.num_layers * layer_params(m) + head_params(m)
+
+
+def forward_flops_per_row(m: config_lib.ModelConfig, length: int, target_length: int = 0) -> float:
+    """Returns the operations of a forward pass for one row.
+
+    Attention counts the keys that a query sees on average, not the whole square.
+
+    Args:
+      m: the model.
+      length: tokens of a row, of an encoder-decoder's encoder.
+      target_length: tokens of its decoder's row.
     """
-    window = length if m.window is None else min(m.window, length)
-    # Queries 1 .. window see 1 .. window keys; the rest see `window` each.
-    mean_keys = (window * (window + 1) / 2 + (length - window) * window) / length
-    scores_and_values = 2 * 2 * m.num_heads * m.head_width * mean_keys
-    return 2.0 * matmul_params(m) + m.num_layers * scores_and_values
+    is_causal = m.architecture == "decoder"
+    pairs = sum(_num_pairs(m, kind, length, is_causal) for kind in _kinds(m, m.num_layers))
+    per_pair = 2 * 2 * m.num_heads * m.head_width
+    products = m.num_layers * layer_params(m) * length
+    read = 1 if m.head == "sequence" else length
+    if m.architecture == "encoder_decoder":
+        kinds = _kinds(m, m.decoder_layers)
+        pairs += sum(_num_pairs(m, kind, target_length, is_causal=True) for kind in kinds)
+        pairs += m.decoder_layers * length * target_length
+        # Keys and values of cross-attention are of the encoder's tokens, all else of the decoder's.
+        keys = 2 * m.embed_dim * m.head_width * m.kv_heads
+        own = layer_params(m, has_cross=True) - keys
+        products += m.decoder_layers * (own * target_length + keys * length)
+        read = target_length
+    return 2.0 * (products + head_params(m) * read) + per_pair * pairs
 
 
-def train_flops_per_token(m: config_lib.ModelConfig, length: int) -> float:
+def _kinds(m: config_lib.ModelConfig, num_layers: int) -> str:
+    """Returns for each layer whether it has the window: L or G."""
+    pattern = m.layer_pattern or ("G" if m.window is None else "L")
+    return (pattern * num_layers)[:num_layers]
+
+
+def _num_pairs(m: config_lib.ModelConfig, kind: str, length: int, is_causal: bool) -> float:
+    """Returns how many pairs of a query and a key that it sees a row has."""
+    window = m.window if kind == "L" else None
+    if is_causal:
+        seen = length if window is None else min(window, length)
+        # Queries 1 .. seen see 1 .. seen keys; the rest see `seen` each.
+        return seen * (seen + 1) / 2 + (length - seen) * seen
+    if window is None:
+        return float(length) * length
+    side = min(window // 2, length - 1)
+    # All keys within `side` of a query, but for those that would lie outside of the row.
+    return float(length) * (2 * side + 1) - side * (side + 1)
+
+
+def forward_flops_per_token(
+    m: config_lib.ModelConfig, length: int, target_length: int = 0
+) -> float:
+    """Returns the operations of a forward pass for each token that a row has in all."""
+    return forward_flops_per_row(m, length, target_length) / (length + target_length)
+
+
+def train_flops_per_token(m: config_lib.ModelConfig, length: int, target_length: int = 0) -> float:
     """Returns the operations of a forward and a backward pass for one token."""
-    return 3.0 * forward_flops_per_token(m, length)
+    return 3.0 * forward_flops_per_token(m, length, target_length)
 
 
 def peak_flops(device: jax.Device) -> float | None:

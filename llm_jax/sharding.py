@@ -120,6 +120,7 @@ def check(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> None:
     sizes = [
         ("data.batch_size / optim.accumulation_steps", micro, dict(rules.acts)["B"]),
         ("data.sequence_length", config.data.sequence_length, dict(rules.acts)["T"]),
+        ("objective.target_length", config.target_length, dict(rules.acts)["T"]),
     ]
     sizes += _model_sizes(config.model, rules)
     is_ring = config.mesh.context == "ring" and mesh.shape["seq"] > 1

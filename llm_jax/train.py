@@ -128,7 +128,8 @@ class Run:
         self._evaluate = evaluate.Evaluator(
             prepared.eval, config, self._batch_sharding, train_step.make_eval_step(config)
         )
-        per_token = flops.train_flops_per_token(config.model, config.data.sequence_length)
+        lengths = (config.data.sequence_length, config.target_length)
+        per_token = flops.train_flops_per_token(config.model, *lengths)
         peak = flops.peak_flops(mesh.devices.flat[0])
         self._throughput = metrics_lib.Throughput(
             config.train.num_steps, per_token, peak and peak * mesh.devices.size
@@ -222,9 +223,7 @@ class Run:
         row = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if self._config.train.on_nonfinite == "stop":
             self._check_finite(step, row)
-        self._throughput.add(
-            self._config.data.batch_size * self._config.data.sequence_length, waited
-        )
+        self._throughput.add(self._config.tokens_per_step, waited)
         is_last = step == self._config.train.num_steps
         if step % self._config.train.log_every and not is_last:
             return

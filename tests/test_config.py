@@ -156,6 +156,27 @@ def test_section_that_is_no_section():
             ["ring", "jax_nn"],
             ["mesh.context = 'ring'", "model.attention = 'jax_nn'", "'auto'", "'gather'"],
         ),
+        (
+            "mesh.context;model.architecture",
+            ["ring", "encoder_decoder"],
+            ["mesh.context = 'ring'", "'encoder_decoder'", "'gather'"],
+        ),
+        # Families.
+        ("model.layer_pattern", "LX", ["model.layer_pattern = 'LX'", "L and G"]),
+        ("model.layer_pattern", "LG", ["model.layer_pattern = 'LG'", "model.window"]),
+        ("model.relative_buckets", 5, ["model.relative_buckets = 5", "even"]),
+        ("model.relative_max_distance", 16, ["relative_max_distance = 16", "above"]),
+        ("model.attention_scale", 0.0, ["model.attention_scale = 0.0", "None"]),
+        ("model.attention_dropout", 1.0, ["model.attention_dropout = 1.0"]),
+        ("model.num_labels", 0, ["model.num_labels = 0"]),
+        ("model.num_decoder_layers", 2, ["num_decoder_layers = 2", "num_layers"]),
+        ("model.num_token_types", 2, ["num_token_types = 2", "set it to 0"]),
+        ("model.architecture;model.head", ["encoder_decoder", "token"], ["model.head = 'token'"]),
+        (
+            "model.is_entry_normalised;model.norm_placement",
+            [True, "post"],
+            ["model.is_entry_normalised = True", "use pre"],
+        ),
         # Sources.
         ("data.source", "tfds", ["data.source = 'tfds'", "tfds:NAME"]),
         ("data.source", "csv:x", ["data.source = 'csv:x'", "jsonl:GLOB:field"]),
@@ -172,6 +193,10 @@ def test_value_that_will_not_do(path, value, parts):
     [
         ("model.positions", config_lib.POSITIONS),
         ("model.rope_scaling", config_lib.ROPE_SCALINGS),
+        ("model.architecture", config_lib.ARCHITECTURES),
+        ("model.head", config_lib.HEADS),
+        ("model.pooling", config_lib.POOLINGS),
+        ("model.qk_norm", config_lib.QK_NORMS),
         ("model.norm", config_lib.NORMS),
         ("model.norm_placement", config_lib.NORM_PLACEMENTS),
         ("model.activation", config_lib.ACTIVATIONS),

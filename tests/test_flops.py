@@ -9,6 +9,7 @@ import pytest
 
 from llm_jax import dims
 from llm_jax import flops
+from llm_jax import train_step
 from tests import helpers
 
 LENGTH = 8
@@ -49,6 +50,56 @@ def test_matches_the_products_of_the_model(one_device, changes):
     unseen = config.num_layers * (square - seen) * tokens_BT.size
     formula = flops.forward_flops_per_token(config, LENGTH) * tokens_BT.size
     assert counted - unseen == pytest.approx(formula, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        helpers.BERT,
+        helpers.BERT | {"head": "sequence", "use_pooler": True, "num_labels": 3},
+        helpers.BERT | {"head": "token", "use_head_transform": False},
+        helpers.T5,
+        helpers.TRANSFORMER_2017,
+    ],
+    ids=["bert", "classifier", "token_labels", "t5", "transformer_2017"],
+)
+def test_other_families_match_the_products_of_their_models(one_device, changes):
+    config = helpers.tiny_run_config(changes | {"scan_layers": False, "attention": "reference"})
+    model = helpers.random_model(config.model, *helpers.make_mesh())
+    batch = helpers.random_batch(config)
+
+    def run(model, batch):
+        x_BTD = train_step.states(config, model, batch)
+        if config.model.head == "lm":
+            return model.vocabulary_logits(x_BTD)
+        return model.label_logits(x_BTD, batch.segments)
+
+    counted = _dot_flops(jax.make_jaxpr(run)(model, jax.tree.map(jnp.asarray, batch)).jaxpr)
+    m, rows = config.model, config.data.batch_size
+    if m.architecture == "encoder_decoder":
+        lengths = batch.encoder_tokens.shape[1], batch.tokens.shape[1]
+        # The reference scores every key of a decoder; the formula those that a causal query sees.
+        unseen = lengths[1] ** 2 - lengths[1] * (lengths[1] + 1) / 2
+        counted -= rows * m.decoder_layers * 4 * m.num_heads * m.head_width * unseen
+    else:
+        lengths = (batch.tokens.shape[1],)
+        # A sequence's state is a weighted sum of those of its tokens.
+        pooled = 2 * m.embed_dim * lengths[0]
+        counted -= rows * pooled if m.head == "sequence" else 0
+    formula = rows * flops.forward_flops_per_row(m, *lengths)
+    assert counted == pytest.approx(formula, rel=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 8, 20])
+def test_an_encoders_window_has_the_query_in_its_middle(window):
+    config = helpers.tiny_model_config(
+        architecture="encoder", num_layers=3, layer_pattern="LG", window=window
+    )
+    distance = np.abs(np.arange(LENGTH)[:, None] - np.arange(LENGTH))
+    near = (distance <= (LENGTH if window is None else window // 2)).sum()
+    wanted = 2 * flops.matmul_params(config) * LENGTH
+    wanted += 4 * config.num_heads * config.head_width * (2 * near + LENGTH**2)
+    assert flops.forward_flops_per_row(config, LENGTH) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 20])

@@ -35,10 +35,30 @@ def abstract_batch(
     config: config_lib.RunConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> batch_lib.Batch:
     """Returns what a step reads, as shapes placed on a mesh."""
-    size = (config.data.batch_size, config.data.sequence_length)
-    placed = NamedSharding(mesh, sharding.axis_rules(config.mesh).act("BT"))
-    dtypes = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
-    return batch_lib.Batch(*(jax.ShapeDtypeStruct(size, x, sharding=placed) for x in dtypes))
+    rules, model = sharding.axis_rules(config.mesh), config.model
+    num_rows, length = config.data.batch_size, config.data.sequence_length
+
+    def array(dtype, *sizes, dims="BT"):
+        placed = NamedSharding(mesh, rules.act(dims))
+        return jax.ShapeDtypeStruct((num_rows, *sizes), dtype, sharding=placed)
+
+    own = config.target_length or length  # of what the decoder reads, where there are two
+    batch = batch_lib.Batch(
+        *(array(x, own) for x in (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32))
+    )
+    if model.architecture == "encoder_decoder":
+        names = ("encoder_tokens", "encoder_segments", "encoder_positions")
+        batch = batch._replace(**{name: array(jnp.int32, length) for name in names})
+    if model.num_token_types:
+        batch = batch._replace(token_types=array(jnp.int32, length))
+    if config.objective.name == "prefix":
+        batch = batch._replace(prefix=array(jnp.bool_, length))
+    if model.head in ("sequence", "span"):
+        is_regression = model.head == "sequence" and model.num_labels == 1
+        dtype = jnp.float32 if is_regression else jnp.int32
+        targets = array(dtype, *(2,) * (model.head == "span"), dims="B")
+        batch = batch._replace(targets=targets, weights=array(jnp.float32, dims="B"))
+    return batch
 
 
 def abstract_state(config: config_lib.RunConfig) -> train_step_lib.TrainState:

@@ -44,7 +44,14 @@ def check(config: schema.RunConfig) -> None:
     _check_data(config)
     _check_optim(config)
     _check_mesh(config.mesh)
-    if config.mesh.context == "ring" and config.model.attention == "jax_nn":
+    is_ring = config.mesh.context == "ring"
+    if is_ring and (config.model.architecture == "encoder_decoder" or config.model.head != "lm"):
+        raise errors.UserError(
+            "config.mesh.context = 'ring' orders the tokens of one sequence, which model.architecture ="
+            f" {config.model.architecture!r} with model.head = {config.model.head!r} does not take; use"
+            " context = 'gather'"
+        )
+    if is_ring and config.model.attention == "jax_nn":
         raise errors.UserError(
             "config.mesh.context = 'ring' needs the logsumexp of attention, which model.attention ="
             " 'jax_nn' does not give; use attention = 'auto', or context = 'gather'"
@@ -106,6 +113,64 @@ def _check_model(m: schema.ModelConfig) -> None:
             m.rope_low_freq_factor,
             f"it must lie in (0, rope_high_freq_factor = {m.rope_high_freq_factor})",
         )
+
+    _check_family(m)
+
+
+def _check_family(m: schema.ModelConfig) -> None:
+    """Checks what only some families have."""
+    _require_choice("model", m, "architecture", schema.ARCHITECTURES)
+    _require_choice("model", m, "head", schema.HEADS)
+    _require_choice("model", m, "pooling", schema.POOLINGS)
+    _require_choice("model", m, "qk_norm", schema.QK_NORMS)
+    _require_at_least("model", m, 1, "num_decoder_layers", "num_labels")
+    _require_at_least("model", m, 0, "num_token_types", "decoder_start_id")
+    _require_fraction("model", m, "attention_dropout")
+    _require(m.attention_dropout < 1.0, "model.attention_dropout", m.attention_dropout, "below 1.0")
+    for name in ("attention_scale", "rope_local_theta"):
+        value = getattr(m, name)
+        holds = value is None or (math.isfinite(value) and value > 0)
+        _require(holds, f"model.{name}", value, "it must be above 0 and finite, or None")
+    is_pattern = set(m.layer_pattern) <= {"L", "G"}
+    _require(is_pattern, "model.layer_pattern", m.layer_pattern, "use the letters L and G")
+    _require(
+        "L" not in m.layer_pattern or m.window is not None,
+        "model.layer_pattern",
+        m.layer_pattern,
+        "its local layers (L) need a model.window",
+    )
+    is_even = m.relative_buckets >= 4 and m.relative_buckets % 2 == 0
+    _require(is_even, "model.relative_buckets", m.relative_buckets, "use an even number from 4 on")
+    _require(
+        m.relative_max_distance > m.relative_buckets // 2,
+        "model.relative_max_distance",
+        m.relative_max_distance,
+        f"it must be above relative_buckets / 2 = {m.relative_buckets // 2}",
+    )
+    _require(
+        m.num_decoder_layers is None or m.architecture == "encoder_decoder",
+        "model.num_decoder_layers",
+        m.num_decoder_layers,
+        f"model.architecture = {m.architecture!r} has num_layers; leave it None",
+    )
+    _require(
+        m.num_token_types == 0 or m.architecture == "encoder",
+        "model.num_token_types",
+        m.num_token_types,
+        f"model.architecture = {m.architecture!r} reads no token types; set it to 0",
+    )
+    _require(
+        m.architecture != "encoder_decoder" or m.head == "lm",
+        "model.head",
+        m.head,
+        "an encoder_decoder writes text: use lm, or an encoder or a decoder for labels",
+    )
+    _require(
+        not m.is_entry_normalised or m.norm_placement == "pre",
+        "model.is_entry_normalised",
+        m.is_entry_normalised,
+        f"norm_placement = {m.norm_placement!r} has no norm to leave out; use pre",
+    )
 
 
 def _check_data(config: schema.RunConfig) -> None:

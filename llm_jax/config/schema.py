@@ -225,6 +225,17 @@ class RunConfig:
     profile: bool = False  # write a trace of a few steps to WORKDIR/profile
     compilation_cache: str = "~/.cache/llm_jax/xla"  # "" turns it off
 
+    @property
+    def target_length(self) -> int:
+        """Tokens of a row that an encoder-decoder's decoder reads; 0 for other models."""
+        is_pair = self.model.architecture == "encoder_decoder"
+        return self.objective.target_length if is_pair else 0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all rows, those of an encoder and of a decoder together."""
+        return self.data.batch_size * (self.data.sequence_length + self.target_length)
+
 
 MESH_AXES = ("replica", "data", "seq", "expert", "tensor")
 

@@ -112,7 +112,7 @@ def estimate(config: config_lib.RunConfig, slice_name: str) -> Estimate:
         optimiser=state.optimiser,
         accumulated=gradients if config.optim.accumulation_steps > 1 else 0,
         gradients=gradients,
-        saved=sizes.tokens * config.model.num_layers * sizes.saved_bytes(),
+        saved=sizes.saved_tokens * sizes.saved_bytes(),
         layer=sizes.layer_bytes(),
         loss=sizes.loss_bytes(),
         seconds=_seconds(config, mesh, topology.parse(slice_name).chip, state.num_parameters),
@@ -154,8 +154,15 @@ class _Sizes:
         self._tensor = mesh.shape["tensor"]
         self._is_between_slices = mesh.shape["replica"] > 1
         ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["seq"]
-        tokens = config.data.batch_size * config.data.sequence_length
-        self.tokens = tokens // config.optim.accumulation_steps // ways
+        self.tokens = config.tokens_per_step // config.optim.accumulation_steps // ways
+
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens times the layers that they pass; twice through those with cross-attention."""
+        model, target = self._model, self._config.target_length
+        share = target / (self._config.data.sequence_length + target)
+        layers = model.num_layers * (1 - share) + 2 * model.decoder_layers * share
+        return int(self.tokens * layers)
 
     def saved_bytes(self) -> int:
         """Bytes of a token that a layer keeps for the backward pass."""
@@ -176,8 +183,7 @@ class _Sizes:
     def layer_bytes(self) -> int:
         """Bytes of a layer's weights, gathered, and of its activations where they are recomputed."""
         m = self._model
-        layer = (flops.matmul_params(m) - m.embed_dim * m.vocab_size) // m.num_layers
-        weights = 2 * _COMPUTE_BYTES * layer // self._tensor
+        weights = 2 * _COMPUTE_BYTES * flops.layer_params(m) // self._tensor
         if m.remat == "none":
             return weights
         width = 8 * m.embed_dim + 4 * m.mlp_width // self._tensor
@@ -200,8 +206,8 @@ class _Sizes:
 
 def _seconds(config, mesh, chip, num_parameters: int) -> float:
     model, data = config.model, config.data
-    tokens = data.batch_size * data.sequence_length
-    work = flops.train_flops_per_token(model, data.sequence_length) * tokens
+    tokens = config.tokens_per_step
+    work = flops.train_flops_per_token(model, data.sequence_length, config.target_length) * tokens
     work *= 1 + _RECOMPUTED[model.remat] / 3
     computing = work / math.prod(mesh.axis_sizes) / (chip.peak_bf16_flops * _PRODUCT_EFFICIENCY)
     bandwidth = 4 * chip.ici_bandwidth * _LINK_EFFICIENCY

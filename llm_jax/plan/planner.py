@@ -75,13 +75,14 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Of one step."""
-        return self.config.data.batch_size * self.config.data.sequence_length
+        return self.config.tokens_per_step
 
     @property
     def flops(self) -> float:
         """Of one step on all chips, as the model needs them."""
-        data = self.config.data
-        return flops.train_flops_per_token(self.config.model, data.sequence_length) * self.tokens
+        length, target_length = self.config.data.sequence_length, self.config.target_length
+        per_row = flops.forward_flops_per_row(self.config.model, length, target_length)
+        return 3 * per_row * self.config.data.batch_size
 
     @property
     def mfu(self) -> float:
@@ -139,7 +140,7 @@ def step_case(config: config_lib.RunConfig, slice_name: str) -> kernel_cost.Case
 
 
 def _alone(config: config_lib.RunConfig, slice_name: str) -> kernel_cost.Case | None:
-    if config.model.attention not in ("auto", "pallas"):
+    if config.model.attention not in ("auto", "pallas") or not of_configs.is_uniform(config.model):
         return None
     mesh = mesh_lib.make_abstract(config.mesh, topology.parse(slice_name).num_chips)
     return of_configs.attention(config, slice_name, dict(mesh.shape))

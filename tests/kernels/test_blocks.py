@@ -80,14 +80,14 @@ def test_the_search_ends_at_sizes_that_no_change_improves():
 
     # Open tiles are whole masked ones: to become smaller they need another change first.
     start = dataclasses.asdict(backward_visits.Blocks(masked_q=512, open_q=512))
-    found, time = tune.descend("backward", start, seconds)
+    found, time = tune.descend("backward", [start], seconds)
     assert time == 2.0 and found["masked_unroll"] == 4 and found["macro_k"] == 8192
-    start |= {"masked_q": 256}
-    found, time = tune.descend("backward", start, seconds)
+    better = start | {"masked_q": 256, "open_q": 256}
+    found, time = tune.descend("backward", [start, better, start], seconds)
     assert time == 1.0 and wanted.items() <= found.items()
 
 
 def test_sizes_that_do_not_compile_are_named_at_the_start():
     start = dataclasses.asdict(backward_visits.Blocks())
-    with pytest.raises(errors.UserError, match="backward sizes to start from do not compile"):
-        tune.descend("backward", start, lambda candidates: [float("inf")])
+    with pytest.raises(errors.UserError, match="no backward sizes to start from compile"):
+        tune.descend("backward", [start], lambda candidates: [float("inf")])

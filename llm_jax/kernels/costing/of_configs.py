@@ -15,6 +15,11 @@ from llm_jax.kernels.costing import programs
 from llm_jax.kernels.costing import shapes
 
 
+def is_uniform(model: config_lib.ModelConfig) -> bool:
+    """Returns whether one attention stands for those of all layers."""
+    return model.architecture != "encoder_decoder" and len(set(model.layer_pattern)) < 2
+
+
 def attention(
     config: config_lib.RunConfig, slice_name: str, axes: Mapping[str, int]
 ) -> kernel_cost.Case:
@@ -36,11 +41,17 @@ def attention(
         heads=heads,
         key_heads=key_heads,
         width=model.head_width,
-        mask=f"window {model.window}" if model.window else f"packed {length}",
+        mask=_mask(model, length),
         softcap=model.attention_softcap,
         has_gradient=True,
     )
     return _alone("attention", shape, slice_name)
+
+
+def _mask(model: config_lib.ModelConfig, length: int) -> str:
+    if model.architecture == "encoder":
+        return "full"
+    return f"window {model.window}" if model.window else f"packed {length}"
 
 
 def decode(

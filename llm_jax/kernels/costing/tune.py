@@ -1,8 +1,8 @@
 """Searches block sizes by modelled time: `python -m llm_jax.kernels.costing.tune --slices=v5e:1x1`.
 
-For each chip, head width and length it starts from the sizes that the table gives now and tries one
-field after the other, keeping what makes a causal bfloat16 attention faster, until a round changes
-nothing. The result replaces that row of `flash_attention/block_table.json`. Some minutes a row.
+For each chip, head width and length it starts from the sizes of the table's rows that are the fastest
+there, and tries one field after the other, keeping what makes a causal bfloat16 attention faster, until a
+round changes nothing. The result replaces that row of `flash_attention/block_table.json`. Some minutes a row.
 """
 
 from collections.abc import Callable
@@ -92,28 +92,33 @@ def search(slice_name: str, width: int, length: int, cache: str | None) -> block
     """
     found, milliseconds = {}, {}
     device_kind = topology.chip_of(slice_name).device_kind
-    start = blocks_lib.for_device(device_kind, width, length)
+    starts = [blocks_lib.for_device(device_kind, width, length)]
+    starts += [row.blocks for row in blocks_lib.rows()]
     for kernel in ("forward", "backward"):
         time = _timer(slice_name, width, length, kernel, cache)
-        first = dataclasses.asdict(getattr(start, kernel))
-        found[kernel], seconds = descend(kernel, first, time)
+        known = [dataclasses.asdict(getattr(start, kernel)) for start in starts]
+        distinct = [sizes for i, sizes in enumerate(known) if sizes not in known[:i]]
+        found[kernel], seconds = descend(kernel, distinct, time)
         milliseconds[kernel] = round(seconds * 1e3, 4)
     blocks = blocks_lib.make(found["forward"], found["backward"])
     return blocks_lib.Row(device_kind, width, length, blocks, milliseconds)
 
 
 def descend(
-    kernel: str, sizes: Sizes, time: Callable[[list[Sizes]], list[float]]
+    kernel: str, starts: list[Sizes], time: Callable[[list[Sizes]], list[float]]
 ) -> tuple[dict[str, Any], float]:
     """Returns the sizes that no change of one field makes faster, and their time.
 
     Args:
+      kernel: forward or backward.
+      starts: sizes to begin with, of which the fastest are taken.
       time: from several sizes to their seconds; infinite where one does not compile.
     """
-    best = dict(sizes)
-    (least,) = time([best])
+    seconds_of = time(starts)
+    least = min(seconds_of)
+    best = dict(starts[seconds_of.index(least)])
     if least == float("inf"):
-        raise errors.UserError(f"the {kernel} sizes to start from do not compile: {best}")
+        raise errors.UserError(f"no {kernel} sizes to start from compile: {starts}")
     has_improved = True
     while has_improved:
         has_improved = False
