@@ -7,6 +7,7 @@ checkpoint carries; `--config.x.y=z` is not needed and not taken.
 from collections.abc import Callable
 from collections.abc import Iterator
 import dataclasses
+import functools
 import json
 import math
 
@@ -23,10 +24,10 @@ from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax import train_step
 from llm_jax.data import batch as batch_lib
+from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import placement
 from llm_jax.data import prepare
-from llm_jax.data import token_cache
 from llm_jax.models import build
 
 
@@ -35,39 +36,44 @@ class Evaluator:
     """Scores a model on one split.
 
     Attributes:
-      cache: tokens of the split.
+      prepared: data of the run, of which the evaluation split is scored.
       config: of the run.
       batch_sharding: of a global batch.
       eval_step: from `train_step.make_eval_step`.
     """
 
-    cache: token_cache.TokenCache
+    prepared: prepare.Prepared
     config: config_lib.RunConfig
     batch_sharding: jax.sharding.NamedSharding
     eval_step: Callable[[build.Model, batch_lib.Batch], losses.LossSums]
 
     def __call__(self, model: build.Model) -> dict[str, float]:
-        """Returns `eval/<split>/loss` (nats a token), `perplexity` and `bits_per_byte`."""
+        """Returns `eval/<split>/loss` (nats a token), `perplexity` and, of text, `bits_per_byte`."""
         total = None
         for batch in self._batches():
             sums = self.eval_step(model, batch)
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         total = jax.device_get(total)
         loss = float(total.cross_entropy) / max(float(total.weight), 1.0)
-        tokens_per_byte = self.cache.num_tokens / max(self.cache.num_bytes, 1)
-        split = self.cache.manifest.split
-        return {
-            f"eval/{split}/loss": loss,
-            f"eval/{split}/perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows
-            f"eval/{split}/bits_per_byte": loss / math.log(2) * tokens_per_byte,
-        }
+        cache = self.prepared.eval
+        prefix = f"eval/{cache.manifest.split}"
+        perplexity = math.exp(min(loss, 700.0))  # exp(710) overflows
+        scores = {f"{prefix}/loss": loss, f"{prefix}/perplexity": perplexity}
+        if self.config.objective.name == "causal":  # all tokens of a text are predicted
+            tokens_per_byte = cache.num_tokens / max(cache.num_bytes, 1)
+            scores[f"{prefix}/bits_per_byte"] = loss / math.log(2) * tokens_per_byte
+        return scores
+
+    @functools.cached_property
+    def _stage(self) -> objectives.Stage:
+        return objectives.make(self.config, self.prepared.eval, self.prepared.tokenizer)
 
     def _batches(self) -> Iterator[batch_lib.Batch]:
         data = self.config.data
         shape = (data.batch_size, data.sequence_length)
         rows = placement.host_rows(self.batch_sharding, shape)
         host_batches = pipeline.eval_batches(
-            self.cache, data, rows=rows, num_steps=self.config.train.eval_steps
+            self._stage, data, rows=rows, num_steps=self.config.train.eval_steps
         )
         return placement.on_mesh(host_batches, self.batch_sharding, data.batch_size, rows)
 
@@ -106,7 +112,7 @@ def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
         prepared = prepare.prepare(config)
         prepare.check_same(prepared)
         evaluator = Evaluator(
-            prepared.eval,
+            prepared,
             config,
             jax.sharding.NamedSharding(mesh, rules.act("BT")),
             train_step.make_eval_step(config),

@@ -29,6 +29,7 @@ from llm_jax import metrics as metrics_lib
 from llm_jax import sharding
 from llm_jax import train_step
 from llm_jax.data import batch as batch_lib
+from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import placement
 from llm_jax.data import prepare
@@ -115,7 +116,7 @@ class Run:
     ):
         rules = sharding.axis_rules(config.mesh)
         self._config, self._workdir = config, workdir
-        self._train_cache = prepared.train
+        self._stage = objectives.make(config, prepared.train, prepared.tokenizer)
         self._batch_sharding = jax.sharding.NamedSharding(mesh, rules.act("BT"))
         self._is_main = distributed.is_main()
         self._is_profiling = False
@@ -126,7 +127,7 @@ class Run:
         self._writer = metrics_lib.Writer(workdir, self._first_step) if self._is_main else None
         self._train_step = train_step.make_train_step(config)
         self._evaluate = evaluate.Evaluator(
-            prepared.eval, config, self._batch_sharding, train_step.make_eval_step(config)
+            prepared, config, self._batch_sharding, train_step.make_eval_step(config)
         )
         lengths = (config.data.sequence_length, config.target_length)
         per_token = flops.train_flops_per_token(config.model, *lengths)
@@ -156,7 +157,7 @@ class Run:
         data = self._config.data
         rows = placement.host_rows(self._batch_sharding, (data.batch_size, data.sequence_length))
         host_batches = pipeline.train_batches(
-            self._train_cache,
+            self._stage,
             data,
             seed=self._config.train.seed,
             start_step=self._first_step,

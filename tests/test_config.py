@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pathlib
 import subprocess
@@ -177,6 +178,28 @@ def test_section_that_is_no_section():
             [True, "post"],
             ["model.is_entry_normalised = True", "use pre"],
         ),
+        # Objectives.
+        ("objective.name", "masked", ["objective.name = 'masked'", "choose from causal"]),
+        ("objective.mask_rate", 0.0, ["objective.mask_rate = 0.0", "(0, 1)"]),
+        ("objective.mask_rate", 1.5, ["objective.mask_rate = 1.5", "[0, 1]"]),
+        ("objective.noise_density", 1.0, ["objective.noise_density = 1.0", "(0, 1)"]),
+        ("objective.mean_span_length", 0.5, ["objective.mean_span_length = 0.5", "at least 1"]),
+        ("objective.num_sentinels", 0, ["objective.num_sentinels = 0"]),
+        (
+            "objective.noise_density;objective.mean_span_length",
+            [0.8, 3.0],
+            ["objective.noise_density = 0.8", "spans of 3.0 tokens", "longer spans"],
+        ),
+        (
+            "objective.min_prefix;objective.max_prefix",
+            [0.5, 0.25],
+            ["objective.min_prefix = 0.5", "max_prefix = 0.25"],
+        ),
+        (
+            "model.architecture;objective.target_length",
+            ["encoder_decoder", 2048],
+            ["objective.target_length = 2048", "1024", "max_length"],
+        ),
         # Sources.
         ("data.source", "tfds", ["data.source = 'tfds'", "tfds:NAME"]),
         ("data.source", "csv:x", ["data.source = 'csv:x'", "jsonl:GLOB:field"]),
@@ -204,6 +227,7 @@ def test_value_that_will_not_do(path, value, parts):
         ("model.param_dtype", ("float32", "bfloat16")),
         ("model.attention", config_lib.ATTENTIONS),
         ("model.remat", config_lib.REMATS),
+        ("objective.name", config_lib.OBJECTIVES),
         ("data.packing", config_lib.PACKINGS),
         ("optim.name", config_lib.OPTIMIZERS),
         ("optim.schedule", config_lib.SCHEDULES),
@@ -221,6 +245,54 @@ def test_choices(path, choices):
     message = _message(_set(path, typo))
     assert f"config.{path} = {typo!r}" in message and ", ".join(choices) in message
     assert f"did you mean '{choices[0]}'?" in message
+
+
+@pytest.mark.parametrize(
+    "architecture, head, objective, parts",
+    [
+        ("encoder", "lm", "causal", ["'causal'", "architecture = 'encoder'", "takes mlm"]),
+        ("decoder", "lm", "mlm", ["'mlm'", "causal, prefix, span_corruption, ul2, seq2seq"]),
+        ("encoder_decoder", "lm", "prefix", ["'prefix'", "span_corruption, ul2, seq2seq"]),
+        ("encoder", "lm", "token", ["'token'", "it needs model.head = 'token'"]),
+        ("encoder", "span", "mlm", ["'mlm'", "model.head = 'span' takes span"]),
+        ("encoder", "none", "mlm", ["model.head = 'none'", "use lm"]),
+    ],
+)
+def test_objective_that_the_model_does_not_take(architecture, head, objective, parts):
+    path = "model.architecture;model.head;objective.name"
+    config = config_lib.from_dict(_set(path, [architecture, head, objective]))
+    with pytest.raises(errors.UserError) as error:
+        config_lib.check_objective(config)
+    assert all(part in str(error.value) for part in ["config.", *parts]), error.value
+
+
+@pytest.mark.parametrize(
+    "objective, packing", [("causal", "none"), ("seq2seq", "concat"), ("sequence", "concat")]
+)
+def test_packing_that_the_objective_does_not_take(objective, packing):
+    head = objective if objective == "sequence" else "lm"
+    path = "objective.name;model.head;data.packing"
+    config = config_lib.from_dict(_set(path, [objective, head, packing]))
+    with pytest.raises(errors.UserError, match=f"data.packing = '{packing}'.*takes packed or "):
+        config_lib.check_objective(config)
+
+
+def test_each_objective_is_for_some_model():
+    taken = set()
+    for architecture, head, objective in itertools.product(
+        config_lib.ARCHITECTURES, config_lib.HEADS, config_lib.OBJECTIVES
+    ):
+        path = "model.architecture;model.head;objective.name"
+        if architecture == "encoder_decoder" and head != "lm":
+            continue
+        config = config_lib.from_dict(_set(path, [architecture, head, objective]))
+        try:
+            config_lib.check_objective(config)
+        except errors.UserError:
+            continue
+        taken.add((architecture, objective))
+        assert (head == objective) == (head != "lm")
+    assert len(taken) == 8 + 4 + 3
 
 
 @pytest.mark.parametrize(

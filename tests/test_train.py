@@ -271,11 +271,11 @@ def test_eval_steps_bounds_an_evaluation(whole, data_dir):
         sums.append(float(np.sum(np.asarray(batch.weights))))
         return train_step.losses.LossSums(sums[-1] * 2.0, 0.0, sums[-1])
 
-    cache = prepare.prepare(config).eval
-    scores = evaluate.Evaluator(cache, few, batch_sharding, eval_step)(None)
+    prepared = prepare.prepare(config)
+    scores = evaluate.Evaluator(prepared, few, batch_sharding, eval_step)(None)
     assert len(sums) == 1 and scores["eval/validation/loss"] == pytest.approx(2.0)
-    evaluate.Evaluator(cache, config, batch_sharding, eval_step)(None)
-    windows = -(-(cache.num_tokens - 1) // config.data.sequence_length)
+    evaluate.Evaluator(prepared, config, batch_sharding, eval_step)(None)
+    windows = -(-(prepared.eval.num_tokens - 1) // config.data.sequence_length)
     assert len(sums) - 1 == -(-windows // config.data.batch_size) > 1
 
 

@@ -10,6 +10,7 @@ frozen `RunConfig`; nothing behind that door reads a ConfigDict.
 """
 
 from llm_jax.config.checks import check
+from llm_jax.config.checks import check_objective
 from llm_jax.config.conversion import from_config_dict
 from llm_jax.config.conversion import from_dict
 from llm_jax.config.conversion import new
@@ -78,6 +79,7 @@ __all__ = [
     "SCHEDULES",
     "TrainConfig",
     "check",
+    "check_objective",
     "from_config_dict",
     "from_dict",
     "new",

@@ -42,6 +42,7 @@ def check(config: schema.RunConfig) -> None:
     """
     _check_model(config.model)
     _check_data(config)
+    _check_objective_values(config)
     _check_optim(config)
     _check_mesh(config.mesh)
     is_ring = config.mesh.context == "ring"
@@ -197,6 +198,69 @@ def _check_data(config: schema.RunConfig) -> None:
         "data.source",
         d.source,
         "jsonl needs the field that holds the text: jsonl:GLOB:field",
+    )
+
+
+def _check_objective_values(config: schema.RunConfig) -> None:
+    o, m = config.objective, config.model
+    _require_choice("objective", o, "name", schema.OBJECTIVES)
+    _require_fraction("objective", o, "mask_rate", "noise_density", "min_prefix", "max_prefix")
+    for name in ("mask_rate", "noise_density"):
+        value = getattr(o, name)
+        _require(0.0 < value < 1.0, f"objective.{name}", value, "use (0, 1)")
+    _require_at_least("objective", o, 1, "mean_span_length", "target_length", "num_sentinels")
+    _require(
+        o.min_prefix <= o.max_prefix,
+        "objective.min_prefix",
+        o.min_prefix,
+        f"it must not be above max_prefix = {o.max_prefix}",
+    )
+    # Spans and the stretches before them take turns, and a stretch has at least a token.
+    _require(
+        o.noise_density * (1.0 + 1.0 / o.mean_span_length) <= 1.0,
+        "objective.noise_density",
+        o.noise_density,
+        f"spans of {o.mean_span_length} tokens on average leave no token between them; use longer"
+        " spans or less noise",
+    )
+    _require(
+        m.architecture != "encoder_decoder" or o.target_length <= m.max_length,
+        "objective.target_length",
+        o.target_length,
+        f"the model has {m.max_length} positions (model.max_length)",
+    )
+
+
+def check_objective(config: schema.RunConfig) -> None:
+    """Checks that batches of the objective are what the model and its head are trained on.
+
+    Not part of `check`: a model that is only sampled from, or built upon, needs no objective.
+
+    Raises:
+      errors.UserError: names the field, its value and what would do.
+    """
+    name, m, packing = config.objective.name, config.model, config.data.packing
+    _require(m.head != "none", "model.head", m.head, "there is no loss of bare states; use lm")
+    is_label = name in schema.LABEL_OBJECTIVES
+    suited = [
+        one
+        for one in schema.OBJECTIVES_OF[m.architecture]
+        if m.head == ("lm" if one not in schema.LABEL_OBJECTIVES else one)
+    ]
+    need = f"; it needs model.head = {name!r}" if is_label and m.head != name else ""
+    _require(
+        name in suited,
+        "objective.name",
+        name,
+        f"model.architecture = {m.architecture!r} with model.head = {m.head!r} takes"
+        f" {', '.join(suited)}{need}",
+    )
+    packings = ("packed", "concat") if name in schema.TEXT_OBJECTIVES else ("packed", "none")
+    _require(
+        packing in packings,
+        "data.packing",
+        packing,
+        f"objective.name = {name!r} takes {' or '.join(packings)}",
     )
 
 

@@ -15,11 +15,15 @@ REMATS = ("none", "full", "dots", "qkv", "attention_output", "offload")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "chunked", "jax_nn", "pallas")
 CROSS_ENTROPIES = ("auto", "reference", "chunked", "pallas")
-PACKINGS = ("packed", "concat")
-OBJECTIVES = (
-    *("causal", "prefix", "mlm", "span_corruption", "ul2"),  # of text
-    *("seq2seq", "sequence", "token", "span"),  # of examples with targets
-)
+PACKINGS = ("packed", "concat", "none")
+TEXT_OBJECTIVES = ("causal", "prefix", "mlm", "span_corruption", "ul2")
+LABEL_OBJECTIVES = ("sequence", "token", "span")  # each with the head of its name
+OBJECTIVES = (*TEXT_OBJECTIVES, "seq2seq", *LABEL_OBJECTIVES)
+OBJECTIVES_OF = {  # by architecture
+    "decoder": tuple(name for name in OBJECTIVES if name != "mlm"),
+    "encoder": ("mlm", *LABEL_OBJECTIVES),
+    "encoder_decoder": ("span_corruption", "ul2", "seq2seq"),
+}
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
@@ -127,7 +131,7 @@ class DataConfig:
     tokenizer: str = "bytes"  # bytes | bpe:PATH | train_bpe:VOCAB_SIZE | sentencepiece:PATH
     batch_size: int = 8  # sequences in one optimiser step, over all devices
     sequence_length: int = 256  # tokens
-    packing: str = "packed"  # packed: documents do not see each other; concat: they do
+    packing: str = "packed"  # concat: documents see each other; none: one example a row
     train_split: str = "train"
     eval_split: str = "validation"
     eval_fraction: float = 0.05  # held out of text: and jsonl: sources, which have no splits
@@ -147,6 +151,8 @@ class ObjectiveConfig:
     min_prefix: float = 0.0  # prefix: share of a window that is given, drawn between these
     max_prefix: float = 1.0
     target_length: int = 128  # tokens of a decoder's row, for an encoder-decoder
+    num_sentinels: int = 100  # that a tokenizer without its own is given (span_corruption, ul2)
+    is_input_bidirectional: bool = False  # decoders: inputs before targets see each other both ways
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Token cache to batches, as a pure function of (seed, step).
+"""Items of an objective to batches, as a pure function of (seed, step).
 
-Row r of step s is the global row g = s * batch_size + r. It reads window g mod W of epoch g div W,
-out of W windows, through a permutation that follows from the seed and the epoch alone. So any step
-can be made without the steps before it: a run that resumes, or runs on another number of hosts,
-sees the very same global batches.
+Row r of step s is the global row g = s * batch_size + r. It holds item g mod W of epoch g div W, out
+of W items (windows of text, or rows of examples), through a permutation that follows from the seed and
+the epoch alone; and what is drawn for it follows from the seed and g. So any step can be made without
+the steps before it: a run that resumes, or runs on another number of hosts, sees the very same global
+batches.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +18,7 @@ from llm_jax import config as config_lib
 from llm_jax import errors
 from llm_jax.data import batch as batch_lib
 from llm_jax.data import host_tensorflow
-from llm_jax.data import packing
-from llm_jax.data import token_cache
+from llm_jax.data import objectives
 
 tf = host_tensorflow.load()
 
@@ -27,7 +28,7 @@ _FOREVER = np.iinfo(np.int64).max
 
 
 def train_batches(
-    cache: token_cache.TokenCache,
+    stage: objectives.Stage,
     data_config: config_lib.DataConfig,
     *,
     seed: int,
@@ -38,35 +39,35 @@ def train_batches(
     """Returns an iterator over this host's part of each training batch.
 
     Args:
-      cache: the training split.
-      data_config: batch size (global), sequence length, packing, prefetch.
-      seed: of the order of windows.
+      stage: the objective on the training split.
+      data_config: batch size (global), prefetch.
+      seed: of the order of items, and of what is drawn for rows.
       start_step: step of the first batch.
       rows: which rows of the global batch this host reads, each in [0, batch_size).
       num_steps: batches to make; None: no end.
 
     Returns:
-      An iterator of batches of numpy arrays, [len(rows), sequence_length].
+      An iterator of batches of numpy arrays, of len(rows) rows.
 
     Raises:
-      errors.UserError: the split is too small for one window, or rows are outside of the batch.
+      errors.UserError: the split is too small for one item, or rows are outside of the batch.
     """
     rows = _checked_rows(rows, data_config)
-    count = _checked_windows(cache, data_config)
+    count = _checked_items(stage)
     end_step = _FOREVER if num_steps is None else start_step + num_steps
 
-    def windows_of(step: Any) -> Any:
+    def items_of(step: Any) -> Any:
         global_rows = step * data_config.batch_size + tf.constant(rows)
         epochs = global_rows // count
         seeds = tf.stack([tf.fill(tf.shape(epochs), tf.constant(seed, tf.int64)), epochs], axis=1)
-        return _shuffled(global_rows % count, seeds, count)
+        return _shuffled(global_rows % count, seeds, count), global_rows
 
     steps = tf.data.Dataset.range(start_step, end_step)
-    return _batches(cache, data_config, steps.map(windows_of), len(rows))
+    return _batches(stage, objectives.Draws(seed), data_config, steps, items_of)
 
 
 def eval_batches(
-    cache: token_cache.TokenCache,
+    stage: objectives.Stage,
     data_config: config_lib.DataConfig,
     *,
     rows: Sequence[int] | np.ndarray,
@@ -74,34 +75,32 @@ def eval_batches(
 ) -> Iterator[batch_lib.Batch]:
     """Returns an iterator over a split in order; the last batch is filled up with padding rows.
 
+    What is drawn for an item is the same in each evaluation, whatever the seed and the batch size.
+
     Args:
-      cache, data_config, rows: as for `train_batches`.
+      stage: the objective on the split.
+      data_config, rows: as for `train_batches`.
       num_steps: batches at most; 0: the whole split.
 
     Raises as `train_batches`.
     """
     rows = _checked_rows(rows, data_config)
-    count = _checked_windows(cache, data_config)
+    count = _checked_items(stage)
 
-    def windows_of(step: Any) -> Any:
-        windows = step * data_config.batch_size + tf.constant(rows)
-        return tf.where(windows < count, windows, tf.constant(-1, tf.int64))
+    def items_of(step: Any) -> Any:
+        items = step * data_config.batch_size + tf.constant(rows)
+        return tf.where(items < count, items, tf.constant(-1, tf.int64)), items
 
-    steps = tf.data.Dataset.range(num_eval_steps(cache, data_config, num_steps))
-    return _batches(cache, data_config, steps.map(windows_of), len(rows))
+    steps = tf.data.Dataset.range(num_eval_steps(stage, data_config, num_steps))
+    return _batches(stage, objectives.EVALUATION, data_config, steps, items_of)
 
 
 def num_eval_steps(
-    cache: token_cache.TokenCache, data_config: config_lib.DataConfig, num_steps: int = 0
+    stage: objectives.Stage, data_config: config_lib.DataConfig, num_steps: int = 0
 ) -> int:
     """Returns how many batches `eval_batches` gives with the same arguments."""
-    whole = -(-num_windows(cache, data_config) // data_config.batch_size)
+    whole = -(-stage.num_items // data_config.batch_size)
     return min(whole, num_steps) if num_steps else whole
-
-
-def num_windows(cache: token_cache.TokenCache, data_config: config_lib.DataConfig) -> int:
-    """Returns the windows of one epoch."""
-    return packing.num_windows(cache.num_tokens, data_config.sequence_length)
 
 
 def _shuffled(indices: Any, seeds: Any, count: int) -> Any:
@@ -125,30 +124,37 @@ def _shuffled(indices: Any, seeds: Any, count: int) -> Any:
 
 
 def _batches(
-    cache: token_cache.TokenCache,
+    stage: objectives.Stage,
+    draws: objectives.Draws,
     data_config: config_lib.DataConfig,
-    windows: Any,
-    num_rows: int,
+    steps: Any,
+    items_of: Callable[[Any], Any],
 ) -> Iterator[batch_lib.Batch]:
-    """Reads each element of a dataset of window indices, int64 [num_rows], into a batch."""
-    length = data_config.sequence_length
-    dtypes = (tf.int32, tf.int32, tf.float32, tf.int32, tf.int32)  # the others are None
+    """Makes the batch of each step; `items_of` gives its items and their numbers, int64 [B] each."""
+    # A row of padding shows which fields there are.
+    empty = stage(np.array([-1]), np.array([0]), draws)._asdict()
+    fields = {name: field for name, field in empty.items() if field is not None}
 
-    def read(indices: np.ndarray) -> list[np.ndarray]:
-        read = packing.windows(cache, indices, length=length, packing=data_config.packing)
-        return list(read[: len(dtypes)])
+    def make(items: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+        made = stage(items, rows, draws)
+        return [getattr(made, name) for name in fields]
 
-    def load(indices: Any) -> Any:
-        arrays = tf.numpy_function(read, [indices], dtypes, stateful=False)
-        return tuple(tf.ensure_shape(array, (num_rows, length)) for array in arrays)
+    def load(step: Any) -> Any:
+        items, rows = items_of(step)
+        dtypes = [field.dtype for field in fields.values()]
+        arrays = tf.numpy_function(make, [items, rows], dtypes, stateful=False)
+        return tuple(
+            tf.ensure_shape(array, (None, *field.shape[1:]))
+            for array, field in zip(arrays, fields.values(), strict=True)
+        )
 
     options = tf.data.Options()
     options.deterministic = True
-    dataset = windows.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    dataset = steps.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     if data_config.prefetch:
         dataset = dataset.prefetch(data_config.prefetch)
     for arrays in dataset.with_options(options).as_numpy_iterator():
-        yield batch_lib.Batch(*arrays)
+        yield batch_lib.Batch(**empty | dict(zip(fields, arrays, strict=True)))
 
 
 def _checked_rows(
@@ -162,11 +168,7 @@ def _checked_rows(
     return rows
 
 
-def _checked_windows(cache: token_cache.TokenCache, data_config: config_lib.DataConfig) -> int:
-    count = num_windows(cache, data_config)
-    if count == 0:
-        raise errors.UserError(
-            f"split {cache.manifest.split!r} of {cache.manifest.source} has {cache.num_tokens}"
-            " token, no input with a target: give it more text"
-        )
-    return count
+def _checked_items(stage: objectives.Stage) -> int:
+    if stage.num_items == 0:
+        raise errors.UserError(f"{stage.name} is too small for a single row: give it more text")
+    return stage.num_items

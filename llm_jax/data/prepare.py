@@ -26,6 +26,7 @@ from llm_jax import config as config_lib
 from llm_jax import distributed
 from llm_jax import errors
 from llm_jax.data import file_lock
+from llm_jax.data import objectives
 from llm_jax.data import sources
 from llm_jax.data import token_cache
 from llm_jax.data import tokenizer as tokenizer_lib
@@ -40,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a run reads: two token caches and the tokenizer that made them."""
+    """What a run reads: two token caches, and their tokenizer with the objective's special tokens."""
 
     train: token_cache.TokenCache
     eval: token_cache.TokenCache
@@ -53,27 +54,35 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
     Several processes may do this at once: one works, the others wait for it and use its result.
 
     Raises:
-      errors.UserError: bad input of any kind, a vocabulary that is larger than the model's, or a
-        damaged cache.
+      errors.UserError: bad input of any kind, an objective that the model cannot be trained on, a
+        vocabulary that is larger than the model's, or a damaged cache.
     """
+    config_lib.check_objective(run_config)
     data = run_config.data
     if "://" in data.cache_dir:
         raise errors.UserError(
             f"data.cache_dir = {data.cache_dir!r} is remote: token caches are memory-mapped, so"
             " give a local directory"
         )
-    tokenizer = make_tokenizer(data)
+    base = make_tokenizer(data)
+    tokenizer = objectives.extended(run_config, base)
     if tokenizer.vocab_size > run_config.model.vocab_size:
         raise errors.UserError(
-            f"data.tokenizer = {data.tokenizer!r} has {tokenizer.vocab_size} tokens, more than"
-            f" model.vocab_size = {run_config.model.vocab_size}: set"
+            f"data.tokenizer = {data.tokenizer!r} has {tokenizer.vocab_size} tokens"
+            f"{_added(base, tokenizer)}, more than model.vocab_size = {run_config.model.vocab_size}: set"
             f" --config.model.vocab_size={tokenizer.vocab_size} or more"
         )
     return Prepared(
-        train=_prepare_split(data, data.train_split, tokenizer),
-        eval=_prepare_split(data, data.eval_split, tokenizer),
+        # Tokens that were added for the objective are in no text, so caches do without them.
+        train=_prepare_split(data, data.train_split, base),
+        eval=_prepare_split(data, data.eval_split, base),
         tokenizer=tokenizer,
     )
+
+
+def _added(base: tokenizer_lib.Tokenizer, tokenizer: tokenizer_lib.Tokenizer) -> str:
+    count = tokenizer.vocab_size - base.vocab_size
+    return f" with the {count} that its objective adds" if count else ""
 
 
 def check_same(prepared: Prepared) -> None:

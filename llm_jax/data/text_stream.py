@@ -98,3 +98,10 @@ def byte_of_char() -> dict[str, int]:
     table = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in set(printable)]
     return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+def unescaped(piece: str) -> str:
+    """Returns the text of a SentencePiece piece: spaces and bytes (as Latin-1) for their escapes."""
+    if _BYTE_PIECE.fullmatch(piece):
+        return chr(int(piece[3:5], 16))
+    return piece.replace("\u2581", " ")

@@ -14,12 +14,14 @@ from typing import Any
 
 from llm_jax import errors
 from llm_jax.data import bpe
+from llm_jax.data import tokenizer_base
 from llm_jax.data import tokenizer_kinds
 
 SPECS = ("bytes", "bpe:PATH", "train_bpe:VOCAB_SIZE", "sentencepiece:PATH")
 
 # The interface, and what `train_bpe:` specs do, under the names that callers know.
-Tokenizer = tokenizer_kinds.Tokenizer
+Tokenizer = tokenizer_base.Tokenizer
+SENTINEL = tokenizer_base.SENTINEL
 train_bpe = bpe.train
 
 

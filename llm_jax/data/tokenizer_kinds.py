@@ -1,11 +1,9 @@
-"""The kinds of tokenizers and the interface that they share; `tokenizer` makes them."""
+"""The kinds of tokenizers; `tokenizer` makes them."""
 
-import abc
 import base64
-from collections.abc import Iterable
 from collections.abc import Sequence
 import functools
-import hashlib
+import itertools
 import json
 import os
 from typing import Any
@@ -16,112 +14,42 @@ import tokenizers
 
 from llm_jax import errors
 from llm_jax.data import text_stream as text_stream_lib
+from llm_jax.data import tokenizer_base
+from llm_jax.data import words
 
 # A document longer than this is tokenised in pieces, where that changes nothing: the library keeps
 # some 100 bytes a token, and works on one document in one thread.
 _PIECE_CHARS = 1 << 16
 
 
-class Tokenizer(abc.ABC):
-    """Text to token ids and back."""
-
-    kind: str  # the key by which `from_dict` finds the class
-
-    @property
-    @abc.abstractmethod
-    def vocab_size(self) -> int:
-        """Ids are in [0, vocab_size)."""
-
-    @property
-    @abc.abstractmethod
-    def eos_id(self) -> int:
-        """The id that ends a document; `encode` never returns it."""
-
-    @property
-    @abc.abstractmethod
-    def pad_id(self) -> int:
-        """The id that fills up rows; `eos_id` where the vocabulary has none of its own."""
-
-    @abc.abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """Returns everything `from_dict` needs, JSON-able."""
-
-    @abc.abstractmethod
-    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes valid text."""
-
-    @abc.abstractmethod
-    def _decode(self, ids: list[int]) -> str:
-        """Decodes ids of the vocabulary."""
-
-    @abc.abstractmethod
-    def text_stream(self) -> text_stream_lib.TextStream:
-        """Returns a new incremental decoder, which agrees with `decode`."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of a text, int32 [num_tokens], with no eos; raises as encode_batch."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes several texts at once, in threads where the library has them.
-
-        Raises:
-          errors.UserError: a text that UTF-8 cannot express, or that this tokenizer refuses.
-        """
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                around = text[max(0, error.start - 10) : error.end + 10]
-                raise errors.UserError(
-                    f"text holds half of a surrogate pair at character {error.start}:"
-                    f" {around!r}; UTF-8 has no such character: remove it from the text"
-                ) from error
-        return self._encode_batch(texts)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids; bytes that are not UTF-8 become U+FFFD.
-
-        Raises:
-          errors.UserError: an id outside of the vocabulary.
-        """
-        ids = [self.check_id(i) for i in ids]
-        return self._decode(ids)
-
-    def check_id(self, token_id: int) -> int:
-        """Returns the id as an int; UserError if the vocabulary does not have it."""
-        token_id = int(token_id)
-        if not 0 <= token_id < self.vocab_size:
-            raise errors.UserError(
-                f"token id {token_id} is outside of the vocabulary of {self.vocab_size} tokens"
-            )
-        return token_id
-
-    def fingerprint(self) -> str:
-        """Returns the sha256 (hex) of `to_dict`: equal for tokenizers that are equal."""
-        return self._fingerprint
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Bytes(Tokenizer):
+class Bytes(tokenizer_base.Tokenizer):
     """The 256 bytes of UTF-8; NUL, which text has no use for, is eos."""
 
     kind = "bytes"
-    vocab_size = 256
     eos_id = 0
     pad_id = 0
 
+    def __init__(self, added: Sequence[str] = ()):
+        """Args: names of the special tokens behind the bytes."""
+        self._added = tuple(added)
+
+    @property
+    def vocab_size(self) -> int:
+        return 256 + len(self._added)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {"<eos>": self.eos_id} | {name: 256 + i for i, name in enumerate(self._added)}
+
+    def extended(self, names: Sequence[str]) -> "Bytes":
+        return Bytes((*self._added, *names))
+
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        return {"kind": self.kind} | _added_entry(self._added)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Bytes":
-        del raw
-        return cls()
+        return cls(raw.get("added", ()))
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         result = []
@@ -136,14 +64,20 @@ class Bytes(Tokenizer):
             result.append(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
         return result
 
+    def _bytes_of(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else self._added[token_id - 256].encode()
+
+    def _edges_of(self, token_id: int) -> tuple[int, int]:
+        return words.edges(chr(token_id))
+
     def _decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace")
+        return b"".join(map(self._bytes_of, ids)).decode("utf-8", "replace")
 
     def text_stream(self) -> text_stream_lib.TextStream:
-        return text_stream_lib.ByteStream(lambda token_id: bytes([token_id]))
+        return text_stream_lib.ByteStream(self._bytes_of)
 
 
-class HuggingFace(Tokenizer):
+class HuggingFace(tokenizer_base.Tokenizer):
     """A tokenizer of the `tokenizers` library: whatever a `tokenizer.json` describes."""
 
     kind = "huggingface"
@@ -174,6 +108,21 @@ class HuggingFace(Tokenizer):
     @property
     def pad_id(self) -> int:
         return self._pad_id
+
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._definition.get("added_tokens") or ()
+        return {token["content"]: int(token["id"]) for token in added if token["special"]}
+
+    def extended(self, names: Sequence[str]) -> "HuggingFace":
+        added = [
+            {"id": self.vocab_size + i, "content": name, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for i, name in enumerate(names)
+        ]
+        tokens = [*(self._definition.get("added_tokens") or ()), *added]
+        definition = self._definition | {"added_tokens": tokens}
+        return HuggingFace(definition, self.eos_id, self.pad_id)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -221,6 +170,17 @@ class HuggingFace(Tokenizer):
                 result.append(bytes(table[char] for char in token))
         return result
 
+    def _edges_of(self, token_id: int) -> tuple[int, int]:
+        if self._is_byte_level:
+            return words.edges(self._bytes_of[token_id].decode("latin-1"))
+        token = self._tokenizer.id_to_token(token_id) or ""
+        model = self._definition["model"]
+        if model.get("type") != "WordPiece":
+            return words.edges(text_stream_lib.unescaped(token))
+        # Spaces are gone, but what begins no word has a prefix.
+        is_inside = token.startswith(model["continuing_subword_prefix"])
+        return (words.LETTER if is_inside else words.SPACE), words.LETTER
+
     def _decode(self, ids: list[int]) -> str:
         if self._is_byte_level:
             return b"".join(self._bytes_of[i] for i in ids).decode("utf-8", "replace")
@@ -236,19 +196,22 @@ class HuggingFace(Tokenizer):
         )
 
 
-class SentencePiece(Tokenizer):
+class SentencePiece(tokenizer_base.Tokenizer):
     """A SentencePiece model."""
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes):
-        """Args: the content of a `.model` file, which has an eos (checked by `load`)."""
+    def __init__(self, model: bytes, added: Sequence[str] = ()):
+        """Args: the content of a `.model` file, which has an eos (checked by `load`); names of the
+        special tokens behind its pieces."""
         self._model = model
+        self._added = tuple(added)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._num_pieces = self._processor.vocab_size()
 
     @property
     def vocab_size(self) -> int:
-        return self._processor.vocab_size()
+        return self._num_pieces + len(self._added)
 
     @property
     def eos_id(self) -> int:
@@ -259,23 +222,49 @@ class SentencePiece(Tokenizer):
         pad_id = self._processor.pad_id()
         return pad_id if pad_id >= 0 else self.eos_id
 
+    @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        of = self._processor
+        ids = [i for i in range(self._num_pieces) if of.is_control(i) or of.is_unknown(i)]
+        return {self._piece_of(i): i for i in (*ids, *range(self._num_pieces, self.vocab_size))}
+
+    def extended(self, names: Sequence[str]) -> "SentencePiece":
+        return SentencePiece(self._model, (*self._added, *names))
+
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, "model": base64.b64encode(self._model).decode("ascii")}
+        model = base64.b64encode(self._model).decode("ascii")
+        return {"kind": self.kind, "model": model} | _added_entry(self._added)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "SentencePiece":
-        return cls(base64.b64decode(raw["model"]))
+        return cls(base64.b64decode(raw["model"]), raw.get("added", ()))
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         threads = min(len(texts), os.cpu_count() or 1)
         encoded = self._processor.encode(list(texts), num_threads=max(1, threads))
         return [np.array(ids, np.int32) for ids in encoded]
 
+    def _piece_of(self, token_id: int) -> str:
+        behind = token_id - self._num_pieces
+        return self._added[behind] if behind >= 0 else self._processor.id_to_piece(token_id)
+
+    def _edges_of(self, token_id: int) -> tuple[int, int]:
+        return words.edges(text_stream_lib.unescaped(self._piece_of(token_id)))
+
     def _decode(self, ids: list[int]) -> str:
-        return self._processor.decode(ids)
+        runs = itertools.groupby(ids, lambda token_id: token_id >= self._num_pieces)
+        return "".join(
+            "".join(map(self._piece_of, run)) if is_added else self._processor.decode(list(run))
+            for is_added, run in runs
+        )
 
     def text_stream(self) -> text_stream_lib.TextStream:
-        return text_stream_lib.PieceStream(self._decode, self._processor.id_to_piece)
+        return text_stream_lib.PieceStream(self._decode, self._piece_of)
+
+
+def _added_entry(added: Sequence[str]) -> dict[str, list[str]]:
+    """Returns what `to_dict` says of added tokens: nothing if there are none, as it always did."""
+    return {"added": list(added)} if added else {}
 
 
 def _splits_at_spaces(definition: dict[str, Any]) -> bool:

@@ -14,8 +14,10 @@ import pytest
 from llm_jax import config
 from llm_jax import errors
 from llm_jax.data import host_tensorflow
+from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import token_cache
+from llm_jax.data import tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 BATCH, LENGTH = 8, 5
@@ -46,13 +48,17 @@ def cache(tmp_path_factory):
     return _write(tmp_path_factory.mktemp("cache") / "c", rng.integers(1, 20, 40).tolist())
 
 
+def _stage(cache, data=DATA):
+    return objectives.make(config.RunConfig(data=data), cache, tokenizer.load("bytes"))
+
+
 def _steps(cache, *, data=DATA, seed=0, start=0, count=4, num_hosts=1):
     """Returns the global batches of some steps, put together from each host's rows."""
     per_host = np.split(np.arange(data.batch_size), num_hosts)
     hosts = [
         list(
             pipeline.train_batches(
-                cache, data, seed=seed, start_step=start, rows=rows, num_steps=count
+                _stage(cache, data), data, seed=seed, start_step=start, rows=rows, num_steps=count
             )
         )
         for rows in per_host
@@ -77,7 +83,7 @@ def _assert_equal(actual, expected):
 @pytest.fixture(scope="module")
 def uninterrupted(cache):
     """Twelve steps: more than an epoch."""
-    assert pipeline.num_windows(cache, DATA) < 12 * BATCH
+    assert _stage(cache).num_items < 12 * BATCH
     return _steps(cache, count=12)
 
 
@@ -97,12 +103,14 @@ def test_same_stream_however_it_is_read(cache, uninterrupted, start, count, num_
 
 def test_rows_in_any_order(cache, uninterrupted):
     rows = np.array([6, 1, 3])
-    (mine,) = pipeline.train_batches(cache, DATA, seed=0, start_step=3, rows=rows, num_steps=1)
+    (mine,) = pipeline.train_batches(
+        _stage(cache), DATA, seed=0, start_step=3, rows=rows, num_steps=1
+    )
     _assert_equal([mine], [[field[rows] for field in _fields(uninterrupted[3])]])
 
 
 def test_endless_by_default(cache, uninterrupted):
-    batches = pipeline.train_batches(cache, DATA, seed=0, start_step=0, rows=range(BATCH))
+    batches = pipeline.train_batches(_stage(cache), DATA, seed=0, start_step=0, rows=range(BATCH))
     _assert_equal(list(itertools.islice(batches, 12)), uninterrupted)
 
 
@@ -114,7 +122,7 @@ def _inputs(batches):
 @pytest.mark.parametrize("packing", ["packed", "concat"])
 def test_every_token_once_an_epoch(cache, packing):
     data = dataclasses.replace(DATA, packing=packing)
-    count = pipeline.num_windows(cache, data)
+    count = _stage(cache, data).num_items
     rows = _inputs(_steps(cache, data=data, count=-(-3 * count // BATCH)))
     epochs = [rows[e * count : (e + 1) * count] for e in range(3)]
     for epoch in epochs:
@@ -134,7 +142,7 @@ def test_order_is_frozen(tmp_path):
     """A run that resumes under a newer llm_jax or TensorFlow must go on where it was."""
     cache = _write(tmp_path / "c", [79])
     data = dataclasses.replace(DATA, sequence_length=8, batch_size=10)
-    assert pipeline.num_windows(cache, data) == 10
+    assert _stage(cache, data).num_items == 10
     first, second = _steps(cache, data=data, seed=7, count=2)
     assert (first[0][:, 0] // 8).tolist() == FROZEN[0]
     assert (second[0][:, 0] // 8).tolist() == FROZEN[1]
@@ -151,48 +159,48 @@ def test_less_data_than_a_batch(tmp_path, num_tokens):
     assert all(b[0].shape == (BATCH, LENGTH) for b in batches)
     seen = np.concatenate(_inputs(batches))
     assert set(seen) == set(cache.tokens[:-1])
-    (evaluated,) = pipeline.eval_batches(cache, DATA, rows=range(BATCH))
+    (evaluated,) = pipeline.eval_batches(_stage(cache), DATA, rows=range(BATCH))
     assert evaluated.weights.sum() == num_tokens - 1
 
 
 def test_too_little_data(tmp_path):
     cache = _write(tmp_path / "c", [0])
-    with pytest.raises(errors.UserError, match="no input with a target"):
-        next(pipeline.train_batches(cache, DATA, seed=0, start_step=0, rows=[0]))
-    with pytest.raises(errors.UserError, match="no input with a target"):
-        next(pipeline.eval_batches(cache, DATA, rows=[0]))
+    with pytest.raises(errors.UserError, match="is too small for a single row"):
+        next(pipeline.train_batches(_stage(cache), DATA, seed=0, start_step=0, rows=[0]))
+    with pytest.raises(errors.UserError, match="is too small for a single row"):
+        next(pipeline.eval_batches(_stage(cache), DATA, rows=[0]))
 
 
 def test_bad_rows(cache):
     with pytest.raises(errors.UserError, match=r"rows \[8\].*batch_size = 8"):
-        next(pipeline.train_batches(cache, DATA, seed=0, start_step=0, rows=[BATCH]))
+        next(pipeline.train_batches(_stage(cache), DATA, seed=0, start_step=0, rows=[BATCH]))
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 def test_evaluation_is_the_split_in_order(cache, num_hosts):
     hosts = [
-        list(pipeline.eval_batches(cache, DATA, rows=rows))
+        list(pipeline.eval_batches(_stage(cache), DATA, rows=rows))
         for rows in np.split(np.arange(BATCH), num_hosts)
     ]
     batches = [
         [np.concatenate(field) for field in zip(*map(_fields, parts), strict=True)]
         for parts in zip(*hosts, strict=True)
     ]
-    assert len(batches) == pipeline.num_eval_steps(cache, DATA)
+    assert len(batches) == pipeline.num_eval_steps(_stage(cache), DATA)
     np.testing.assert_array_equal(np.concatenate(_inputs(batches)), cache.tokens[:-1])
     # In packed rows the loss counts each token but the first of each document, eos included.
     assert sum(b[2].sum() for b in batches) == cache.num_tokens - cache.num_documents
-    assert pipeline.num_windows(cache, DATA) % BATCH, "the last batch must need padding rows"
+    assert _stage(cache).num_items % BATCH, "the last batch must need padding rows"
     assert batches[-1][0].shape == (BATCH, LENGTH) and batches[-1][2][-1].sum() == 0
 
 
 def test_evaluation_of_few_steps(cache):
-    whole = list(pipeline.eval_batches(cache, DATA, rows=range(BATCH)))
-    assert pipeline.num_eval_steps(cache, DATA, 2) == 2 < len(whole)
+    whole = list(pipeline.eval_batches(_stage(cache), DATA, rows=range(BATCH)))
+    assert pipeline.num_eval_steps(_stage(cache), DATA, 2) == 2 < len(whole)
     _assert_equal(
-        list(pipeline.eval_batches(cache, DATA, rows=range(BATCH), num_steps=2)), whole[:2]
+        list(pipeline.eval_batches(_stage(cache), DATA, rows=range(BATCH), num_steps=2)), whole[:2]
     )
-    assert pipeline.num_eval_steps(cache, DATA, 10_000) == len(whole)
+    assert pipeline.num_eval_steps(_stage(cache), DATA, 10_000) == len(whole)
 
 
 def test_tensorflow_sees_no_accelerator(monkeypatch):
@@ -211,7 +219,7 @@ def test_only_the_pipeline_imports_tensorflow():
     """It takes seconds, which sampling and the handling of files need not wait for."""
     code = """
 import sys
-from llm_jax.data import batch, packing, prepare, sources, token_cache, tokenizer
+from llm_jax.data import batch, objectives, packing, prepare, sources, token_cache, tokenizer
 assert "tensorflow" not in sys.modules
 from llm_jax.data import pipeline
 assert "tensorflow" in sys.modules

@@ -91,6 +91,28 @@ def test_a_change_makes_a_new_cache(run, tmp_path):
     assert b"something else" in documents
 
 
+def test_an_objective_adds_tokens_and_no_cache(run):
+    def of(architecture, objective):
+        model = dataclasses.replace(run.model, architecture=architecture)
+        return dataclasses.replace(
+            run, model=model, objective=config.ObjectiveConfig(name=objective)
+        )
+
+    causal = prepare.prepare(run)
+    masked = prepare.prepare(of("encoder", "mlm"))
+    assert masked.train.path == causal.train.path and masked.eval.path == causal.eval.path
+    assert masked.tokenizer.special_tokens == {"<eos>": 0, "<cls>": 256, "<mask>": 257}
+    spans = prepare.prepare(of("encoder_decoder", "span_corruption")).tokenizer
+    assert spans.vocab_size == 356 and spans.sentinel_ids == [*range(355, 255, -1)]
+    modes = prepare.prepare(of("encoder_decoder", "ul2")).tokenizer
+    assert modes.vocab_size == 359 and modes.sentinel_ids[0] == 358
+    small = dataclasses.replace(of("encoder", "mlm").model, vocab_size=256)
+    with pytest.raises(errors.UserError, match="258 tokens with the 2 that its objective adds"):
+        prepare.prepare(dataclasses.replace(of("encoder", "mlm"), model=small))
+    with pytest.raises(errors.UserError, match="config.objective.name = 'causal' will not do"):
+        prepare.prepare(of("encoder", "causal"))
+
+
 def test_two_at_once_make_it_once(run, monkeypatch):
     real, calls = token_cache.write, []
 

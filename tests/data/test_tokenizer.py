@@ -309,3 +309,90 @@ def test_refused_text_and_ids(any_tokenizer, trained):
     with pytest.raises(errors.UserError, match="NUL character at character 1"):
         tokenizer.load("bytes").encode("a\0b")
     assert trained.decode(trained.encode("a\0b")) == "a\0b"
+
+
+# --- special tokens ---------------------------------------------------------------------------
+
+ADDED = ["<mask>", "<extra_id_1>", "<extra_id_0>"]
+
+
+def test_added_tokens_leave_text_as_it_was(any_tokenizer):
+    more = any_tokenizer.extended(ADDED)
+    assert more.vocab_size == any_tokenizer.vocab_size + 3
+    assert (more.eos_id, more.pad_id) == (any_tokenizer.eos_id, any_tokenizer.pad_id)
+    for text in [*CORPUS[:2], "a<mask>b <extra_id_0>"]:
+        ids = any_tokenizer.encode(text)
+        np.testing.assert_array_equal(more.encode(text), ids)
+        assert more.decode(ids) == any_tokenizer.decode(ids)
+    assert more.fingerprint() != any_tokenizer.fingerprint()
+    assert any_tokenizer.extended([]).to_dict() == any_tokenizer.to_dict()
+    assert any_tokenizer.extended(ADDED[:1]).extended(ADDED[1:]).to_dict() == more.to_dict()
+
+
+def test_added_tokens_are_found_and_survive_json(any_tokenizer):
+    size = any_tokenizer.vocab_size
+    assert any_tokenizer.mask_id is None and any_tokenizer.sentinel_ids == []
+    more = tokenizer.from_dict(json.loads(json.dumps(any_tokenizer.extended(ADDED).to_dict())))
+    assert more.mask_id == size and more.sentinel_ids == [size + 2, size + 1]
+    assert more.is_special_V.sum() == any_tokenizer.is_special_V.sum() + 3
+    assert not more.is_special_V[more.encode(CORPUS[0])].any()
+    assert more.is_special_V[[more.eos_id, more.pad_id]].all()
+
+
+def test_added_tokens_decode_to_their_names(any_tokenizer):
+    more = any_tokenizer.extended(ADDED)
+    hello, world = (more.encode(text).tolist() for text in ("hello", "world"))
+    ids = [*hello, more.mask_id, *world, more.sentinel_ids[0], more.sentinel_ids[1]]
+    text = more.decode(ids)
+    assert "<mask>" in text and text.replace(" ", "").endswith("world<extra_id_0><extra_id_1>")
+    stream = tokenizer.StreamDecoder(more)
+    assert "".join(map(stream.feed, ids)) + stream.flush() == text
+
+
+def test_saved_runs_have_the_dicts_that_they_had(trained):
+    assert tokenizer.load("bytes").to_dict() == {"kind": "bytes"}
+    assert tokenizer.from_dict({"kind": "bytes"}).vocab_size == 256
+    assert set(trained.to_dict()) == {"kind", "tokenizer", "eos_id", "pad_id"}
+
+
+def _words(one, text):
+    ids = one.encode(text)
+    starts = np.flatnonzero(one.word_starts(ids)).tolist()
+    return [one.decode(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def test_words_of_bytes_and_bpe(trained):
+    text = "It is naïve, or\nnot:  1,234 日本!"
+    parts = ["It", " is", " naïve", ",", " or", "\n", "not", ":", " ", " 1", ",", "234"]
+    for one in (tokenizer.load("bytes"), trained):
+        assert _words(one, text) == [*parts, " 日本", "!"]
+    rows = np.stack([trained.encode("ab cd ab cd ab")] * 2)
+    np.testing.assert_array_equal(*trained.word_starts(rows))
+
+
+def test_words_of_sentencepiece(sentencepiece_path):
+    one = tokenizer.load(f"sentencepiece:{sentencepiece_path}")
+    ids = one.encode("The state: strong🦙 it")
+    starts = one.word_starts(ids)
+    pieces = [one._processor.id_to_piece(int(i)) for i in ids]
+    words = [[]]
+    for piece, is_start in zip(pieces, starts, strict=True):
+        words = [*words, [piece]] if is_start else [*words[:-1], [*words[-1], piece]]
+    llama = "".join(f"<0x{byte:02X}>" for byte in "🦙".encode())
+    assert ["".join(w) for w in words[1:]] == ["▁The", "▁state", ":", "▁strong" + llama, "▁it"]
+
+
+def test_words_of_wordpiece(tmp_path):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##ion", "##s", "state", ","]
+    model = tokenizers.models.WordPiece(
+        {piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"
+    )
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    built.add_special_tokens(pieces[:5])
+    built.save(str(tmp_path / "tokenizer.json"))
+    one = tokenizer.load(f"bpe:{tmp_path}")
+    assert (one.cls_id, one.sep_id, one.mask_id, one.eos_id) == (2, 3, 4, 3)
+    ids = one.encode("unions,states xyz")
+    assert ids.tolist() == [5, 6, 7, 9, 8, 7, 1]
+    assert one.word_starts(ids).tolist() == [True, False, False, True, True, False, True]
