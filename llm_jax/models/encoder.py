@@ -61,12 +61,21 @@ class Encoder(trunk.Trunk, heads.Reader):
           key: turns dropout on.
           token_types_BT: int32, which of the texts in a document a token belongs to; None: the first.
         """
+        x_BTD = self.embed(tokens_BT, positions_BT, token_types_BT)
+        contexts = self.contexts(positions_BT, trunk.segments_mask(segments_BT, self.rules))
+        return self.before_head(self.run(x_BTD, contexts, key))
+
+    def embed(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        token_types_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns what enters the stack, [B, T, D] in the compute dtype."""
         x_BTD = self.embedding(tokens_BT, self.config.dtype)
         if self.token_type_JD is not None:
             x_BTD = x_BTD + self._types(token_types_BT, x_BTD)
-        x_BTD = self.enter(x_BTD, positions_BT)
-        contexts = self.contexts(positions_BT, trunk.segments_mask(segments_BT, self.rules))
-        return self.before_head(self.run(x_BTD, contexts, key))
+        return self.enter(x_BTD, positions_BT)
 
     def _types(self, token_types_BT: jax.Array | None, x_BTD: jax.Array) -> jax.Array:
         if token_types_BT is None:
