@@ -133,7 +133,9 @@ class SpanCorruption(stage.TextStage):
         at_tokens = draws.uniform(rows, self._window, stream=2)[is_kept]
         is_noise = spans.random_spans(lengths, num_noise, num_spans, at_tokens)
         inputs, targets = _taken_out(tokens, lengths, is_noise, num_spans, self._sentinels)
-        return self._batch(inputs, targets, parts, self._is_open(tokens, lengths, parts), kinds)
+        # The last text of a row goes on in the next one, unless an eos is its last token.
+        is_open = tokens[np.cumsum(lengths) - 1] != self._cache.eos_id
+        return self._batch(inputs, targets, parts, is_open, kinds)
 
     def _planned(
         self, text: packing.Text, kinds: np.ndarray, uniform: np.ndarray
@@ -186,14 +188,6 @@ class SpanCorruption(stage.TextStage):
             for suffix, other in zip(suffixes, dealt, strict=True)
         )
         return num_noise, num_spans
-
-    def _is_open(
-        self, tokens: np.ndarray, lengths: np.ndarray, parts: rows_lib.Parts
-    ) -> np.ndarray:
-        """Returns which texts, bool [P], are the last of their rows and lack an eos."""
-        is_last = np.append(parts.rows[1:] != parts.rows[:-1], True)[: len(parts.rows)]
-        last_tokens = tokens[np.cumsum(lengths) - 1]
-        return is_last & (last_tokens != self._cache.eos_id)
 
     def _batch(
         self,
