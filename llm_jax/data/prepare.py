@@ -25,6 +25,7 @@ import tqdm
 from llm_jax import config as config_lib
 from llm_jax import distributed
 from llm_jax import errors
+from llm_jax.data import cache_folder
 from llm_jax.data import file_lock
 from llm_jax.data import objectives
 from llm_jax.data import sources
@@ -126,7 +127,7 @@ def _train_tokenizer(data: config_lib.DataConfig, path: pathlib.Path) -> None:
     documents = functools.partial(sources.documents, data, data.train_split)
     trained = tokenizer_lib.make(data.tokenizer, documents)
     temporary = path.with_suffix(".tmp")  # nobody else's, as the lock is held
-    token_cache.write_synced(temporary, json.dumps(trained.to_dict()).encode())
+    cache_folder.write_synced(temporary, json.dumps(trained.to_dict()).encode())
     os.replace(temporary, path)
 
 
@@ -150,11 +151,11 @@ def _prepare_split(
     data: config_lib.DataConfig, split: str, tokenizer: tokenizer_lib.Tokenizer
 ) -> token_cache.TokenCache:
     path = cache_path(data, split, tokenizer)
-    if token_cache.exists(path):
+    if cache_folder.exists(path):
         return token_cache.TokenCache.open(path)
-    with token_cache.lock(path):
+    with cache_folder.lock(path):
         # Another process may have made it while this one waited.
-        if token_cache.exists(path):
+        if cache_folder.exists(path):
             return token_cache.TokenCache.open(path)
         documents = sources.documents(data, split)
         return token_cache.write(

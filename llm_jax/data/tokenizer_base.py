@@ -92,6 +92,18 @@ class Tokenizer(abc.ABC):
                 ) from error
         return self._encode_batch(texts)
 
+    @abc.abstractmethod
+    def _places(self, text: str) -> list[tuple[int, int]]:
+        """Returns the characters [start, end) that each token of a valid text is made of."""
+
+    def encode_with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of a text, int32 [T], and the characters that each is of, int64 [T, 2].
+
+        Characters are [start, end). Tokens may share one, or have none. Raises as `encode_batch`.
+        """
+        ids = self.encode(text)
+        return ids, np.array(self._places(text), np.int64).reshape(len(ids), 2)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; bytes that are not UTF-8 become U+FFFD.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_pb2
 import tokenizers
 
 from llm_jax import errors
@@ -69,6 +70,9 @@ class Bytes(tokenizer_base.Tokenizer):
 
     def _edges_of(self, token_id: int) -> tuple[int, int]:
         return words.edges(chr(token_id))
+
+    def _places(self, text: str) -> list[tuple[int, int]]:
+        return [(i, i + 1) for i, char in enumerate(text) for _ in char.encode()]
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(map(self._bytes_of, ids)).decode("utf-8", "replace")
@@ -181,6 +185,9 @@ class HuggingFace(tokenizer_base.Tokenizer):
         is_inside = token.startswith(model["continuing_subword_prefix"])
         return (words.LETTER if is_inside else words.SPACE), words.LETTER
 
+    def _places(self, text: str) -> list[tuple[int, int]]:
+        return self._tokenizer.encode(text, add_special_tokens=False).offsets
+
     def _decode(self, ids: list[int]) -> str:
         if self._is_byte_level:
             return b"".join(self._bytes_of[i] for i in ids).decode("utf-8", "replace")
@@ -250,6 +257,13 @@ class SentencePiece(tokenizer_base.Tokenizer):
 
     def _edges_of(self, token_id: int) -> tuple[int, int]:
         return words.edges(text_stream_lib.unescaped(self._piece_of(token_id)))
+
+    def _places(self, text: str) -> list[tuple[int, int]]:
+        # Objects with places changed their name between versions; the message has not changed.
+        raw = self._processor.encode(text, out_type="serialized_proto")
+        char_of = [i for i, char in enumerate(text) for _ in char.encode()] + [len(text)]
+        pieces = sentencepiece_pb2.SentencePieceText.FromString(raw).pieces
+        return [(char_of[piece.begin], char_of[piece.end]) for piece in pieces]
 
     def _decode(self, ids: list[int]) -> str:
         runs = itertools.groupby(ids, lambda token_id: token_id >= self._num_pieces)

@@ -140,7 +140,7 @@ def test_two_at_once_make_it_once(run, monkeypatch):
 _KILLED = """
 import sys, time
 from llm_jax import config
-from llm_jax.data import prepare, sources, token_cache
+from llm_jax.data import cache_folder, prepare, sources
 
 def hang(*args, **kwargs):
     print("ready", flush=True)
@@ -155,7 +155,7 @@ if sys.argv[3] == "documents":
     prepare._CHUNK_CHARS = 10
     sources.documents = endless
 else:
-    token_cache._rename = hang
+    cache_folder._rename = hang
 data = config.DataConfig(source=sys.argv[1], cache_dir=sys.argv[2], eval_fraction=0.1)
 prepare.prepare(config.RunConfig(data=data))
 """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax import errors
+from llm_jax.data import cache_folder
 from llm_jax.data import token_cache
 
 EOS = 3
@@ -127,7 +128,7 @@ def test_unwritable_place(tmp_path):
     with pytest.raises(errors.UserError, match="cannot write"):
         _write(tmp_path / "file" / "c", [[1]])
     with pytest.raises(errors.UserError, match="cannot write"):
-        with token_cache.lock(tmp_path / "file" / "c"):
+        with cache_folder.lock(tmp_path / "file" / "c"):
             pass
 
 
@@ -135,7 +136,7 @@ def test_lock_removes_only_its_own_leftovers(tmp_path):
     for name in (".c.tmp-1-aa", ".d.tmp-1-aa", "d"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokens.bin").write_bytes(b"1")
-    with token_cache.lock(tmp_path / "c"):
+    with cache_folder.lock(tmp_path / "c"):
         pass
     left = {path.name for path in pathlib.Path(tmp_path).iterdir() if path.is_dir()}
     assert left == {".d.tmp-1-aa", "d"}
