@@ -14,11 +14,13 @@ depend on how it is sharded.
     arrays       their values, onto any mesh: `restore_params`
     folder       a run's checkpoints: `directory`, `steps`, the one asked for by `read_latest`
     mismatch     what keeps a checkpoint from fitting, by path, and the settings responsible
+    parameters   checkpoints of parameters alone, such as those of converted models
     manager      `Checkpoints`, which a training run saves to and resumes from
     inspection   what `python -m llm_jax.checkpoint inspect PATH` finds out
     tables       and how it prints that
 """
 
+from llm_jax.checkpoint.arrays import on_mesh
 from llm_jax.checkpoint.arrays import restore_params
 from llm_jax.checkpoint.folder import BEST
 from llm_jax.checkpoint.folder import directory
@@ -33,6 +35,8 @@ from llm_jax.checkpoint.meta import code_version
 from llm_jax.checkpoint.meta import read_meta
 from llm_jax.checkpoint.mismatch import check_resumable
 from llm_jax.checkpoint.mismatch import differences
+from llm_jax.checkpoint.parameters import check_new
+from llm_jax.checkpoint.parameters import save_params
 
 __all__ = [
     "BEST",
@@ -40,13 +44,16 @@ __all__ = [
     "DamagedError",
     "FORMAT_VERSION",
     "Meta",
+    "check_new",
     "check_resumable",
     "code_version",
     "differences",
     "directory",
+    "on_mesh",
     "parse_step",
     "read_latest",
     "read_meta",
     "restore_params",
+    "save_params",
     "steps",
 ]

@@ -79,6 +79,13 @@ def part_of(path: str) -> str:
     return path.partition("/")[0]
 
 
+def parts(meta: meta_lib.Meta) -> tuple[str, ...]:
+    """Returns the parts that a checkpoint has: both, but where parameters alone were saved."""
+    if meta.arrays is None:
+        return PARTS
+    return tuple(part for part in PARTS if any(part_of(path) == part for path in meta.arrays))
+
+
 def _some_mesh() -> contextlib.AbstractContextManager:
     if not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()  # JAX lets no mesh of another size be set inside of one

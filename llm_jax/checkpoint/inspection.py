@@ -126,7 +126,7 @@ def inspect(step_dir: epath.Path, verify: bool = False) -> Inspection:
         meta = meta_lib.read_meta(step_dir)
     except meta_lib.DamagedError as error:
         damage.append(f"its record ({meta_lib.META}) cannot be read: {error}")
-    for part in contents.PARTS:
+    for part in contents.PARTS if meta is None else contents.parts(meta):
         missing = [name for name in _INDEX if not (step_dir / part / name).exists()]
         damage += [f"{part}/{name} is missing" for name in missing]
     try:
@@ -173,14 +173,15 @@ def compare(
       errors.UserError: there is no such file or checkpoint, or it cannot be read.
     """
     meta = inspected.meta
+    parts = contents.parts(meta)
     if against.partition(":")[0].endswith(".py"):
         config, tokenizer = load_config(against), None
-        wanted = contents.of_config(config)
+        wanted = contents.of_config(config, parts)
     else:
         other_dir = find(against)
         try:
             other = meta_lib.read_meta(other_dir)
-            wanted, _ = contents.read(other_dir, other)
+            wanted, _ = contents.read(other_dir, other, parts)
         except meta_lib.DamagedError as error:
             raise errors.UserError(f"--against={against} is damaged: {error}") from error
         config, tokenizer, against = other.config, other.tokenizer, str(other_dir)

@@ -128,6 +128,7 @@ class Checkpoints:
             try:
                 with meta_lib.damage_agreed():
                     meta = meta_lib.read_meta(step_dir)
+                    _check_has_training(step_dir, meta)
                     saved, _ = contents.read(step_dir, meta)
                 wanted = contents.of_tree(targets)
                 mismatches = mismatch.compare(saved, wanted, meta.config, self._config)
@@ -176,3 +177,12 @@ class Checkpoints:
         """Waits for the last save and ends the background threads."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _check_has_training(step_dir: epath.Path, meta: meta_lib.Meta) -> None:
+    """Raises UserError for a checkpoint of parameters alone, such as that of a converted model."""
+    if contents.TRAINING not in contents.parts(meta):
+        raise errors.UserError(
+            f"{step_dir} has parameters but no state of a training run, so no run can resume from it:"
+            " use another --workdir"
+        )

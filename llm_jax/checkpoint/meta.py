@@ -80,6 +80,7 @@ class Meta:
       eval_loss: nats a token, if the model was evaluated at this step.
       arrays: by their paths; None in checkpoints of before they were recorded.
       mesh: size of each axis that they were saved from; None where that was not recorded.
+      source: what the parameters were converted from (`convert`); None if they were trained here.
     """
 
     step: int
@@ -90,6 +91,7 @@ class Meta:
     eval_loss: float | None
     arrays: dict[str, ArrayInfo] | None = None
     mesh: dict[str, int] | None = None
+    source: dict[str, Any] | None = None
 
 
 def make_record(meta: Meta) -> dict[str, Any]:
@@ -142,6 +144,7 @@ def read_meta(step_dir: epath.Path) -> Meta:
         eval_loss=raw["eval_loss"],
         arrays=_arrays(raw["arrays"]) if "arrays" in raw else None,
         mesh=raw["mesh"] if "mesh" in raw else None,
+        source=raw["source"] if "source" in raw else None,
     )
 
 

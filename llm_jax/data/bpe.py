@@ -12,7 +12,7 @@ from llm_jax.data import tokenizer_kinds
 
 END_OF_TEXT = "<|endoftext|>"
 # Names under which published vocabularies keep their end of text, most usual first.
-_EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
+EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 
 
@@ -105,7 +105,7 @@ def _load_tokenizer_json(path: pathlib.Path) -> tokenizer_kinds.HuggingFace:
     if not isinstance(added, list) or not isinstance(definition.get("model"), dict):
         raise errors.UserError(f"data.tokenizer: {path} is not a tokenizer.json")
     ids = {token["content"]: token["id"] for token in added}
-    names = list(_EOS_NAMES)
+    names = list(EOS_NAMES)
     settings = path.parent / "tokenizer_config.json"
     if settings.is_file():
         named = _read_json(settings).get("eos_token")

@@ -14,6 +14,7 @@ from typing import Any
 
 from llm_jax import errors
 from llm_jax.data import bpe
+from llm_jax.data import token_ids
 from llm_jax.data import tokenizer_base
 from llm_jax.data import tokenizer_kinds
 
@@ -52,6 +53,7 @@ _KINDS = {
         tokenizer_kinds.Bytes,
         tokenizer_kinds.HuggingFace,
         tokenizer_kinds.SentencePiece,
+        token_ids.TokenIds,
     )
 }
 

@@ -39,6 +39,11 @@ class Tokenizer(abc.ABC):
         """The id that fills up rows; `eos_id` where the vocabulary has none of its own."""
 
     @property
+    def bos_id(self) -> int | None:
+        """The id that every text began with in training; None: there was none, as here."""
+        return None
+
+    @property
     @abc.abstractmethod
     def special_tokens(self) -> dict[str, int]:
         """Ids that stand for no text, by their names; `encode` never returns them but for unknown."""

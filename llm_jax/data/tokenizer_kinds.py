@@ -86,11 +86,14 @@ class HuggingFace(tokenizer_base.Tokenizer):
 
     kind = "huggingface"
 
-    def __init__(self, definition: dict[str, Any], eos_id: int, pad_id: int):
-        """Args: the content of a tokenizer.json, and the two ids."""
+    def __init__(
+        self, definition: dict[str, Any], eos_id: int, pad_id: int, bos_id: int | None = None
+    ):
+        """Args: the content of a tokenizer.json, and the ids."""
         self._definition = definition
         self._eos_id = eos_id
         self._pad_id = pad_id
+        self._bos_id = bos_id
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -126,7 +129,15 @@ class HuggingFace(tokenizer_base.Tokenizer):
         ]
         tokens = [*(self._definition.get("added_tokens") or ()), *added]
         definition = self._definition | {"added_tokens": tokens}
-        return HuggingFace(definition, self.eos_id, self.pad_id)
+        return HuggingFace(definition, self.eos_id, self.pad_id, self._bos_id)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._bos_id
+
+    def token(self, token_id: int) -> str:
+        """Returns how the vocabulary spells an id."""
+        return self._tokenizer.id_to_token(token_id)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -134,11 +145,11 @@ class HuggingFace(tokenizer_base.Tokenizer):
             "tokenizer": self._definition,
             "eos_id": self._eos_id,
             "pad_id": self._pad_id,
-        }
+        } | ({} if self._bos_id is None else {"bos_id": self._bos_id})
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "HuggingFace":
-        return cls(raw["tokenizer"], raw["eos_id"], raw["pad_id"])
+        return cls(raw["tokenizer"], raw["eos_id"], raw["pad_id"], raw.get("bos_id"))
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         split = [self._pieces(text) for text in texts]
@@ -208,11 +219,12 @@ class SentencePiece(tokenizer_base.Tokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, model: bytes, added: Sequence[str] = ()):
+    def __init__(self, model: bytes, added: Sequence[str] = (), has_bos: bool = False):
         """Args: the content of a `.model` file, which has an eos (checked by `load`); names of the
-        special tokens behind its pieces."""
+        special tokens behind its pieces; whether its bos begins every text."""
         self._model = model
         self._added = tuple(added)
+        self._has_bos = has_bos
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._num_pieces = self._processor.vocab_size()
 
@@ -229,6 +241,15 @@ class SentencePiece(tokenizer_base.Tokenizer):
         pad_id = self._processor.pad_id()
         return pad_id if pad_id >= 0 else self.eos_id
 
+    @property
+    def bos_id(self) -> int | None:
+        bos_id = self._processor.bos_id()
+        return bos_id if self._has_bos and bos_id >= 0 else None
+
+    def with_bos(self) -> "SentencePiece":
+        """Returns the tokenizer of a model whose texts begin with bos."""
+        return SentencePiece(self._model, self._added, has_bos=True)
+
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:
         of = self._processor
@@ -236,15 +257,17 @@ class SentencePiece(tokenizer_base.Tokenizer):
         return {self._piece_of(i): i for i in (*ids, *range(self._num_pieces, self.vocab_size))}
 
     def extended(self, names: Sequence[str]) -> "SentencePiece":
-        return SentencePiece(self._model, (*self._added, *names))
+        return SentencePiece(self._model, (*self._added, *names), self._has_bos)
 
     def to_dict(self) -> dict[str, Any]:
         model = base64.b64encode(self._model).decode("ascii")
-        return {"kind": self.kind, "model": model} | _added_entry(self._added)
+        has_bos = {"has_bos": True} if self._has_bos else {}
+        return {"kind": self.kind, "model": model} | _added_entry(self._added) | has_bos
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "SentencePiece":
-        return cls(base64.b64decode(raw["model"]), raw.get("added", ()))
+        model = base64.b64decode(raw["model"])
+        return cls(model, raw.get("added", ()), raw.get("has_bos", False))
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         threads = min(len(texts), os.cpu_count() or 1)

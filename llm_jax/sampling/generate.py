@@ -99,8 +99,10 @@ class _Row:
         on_text: OnText | None,
     ):
         ids = tokenizer.encode(prompt.text)
-        # Documents of the training data follow an end of text; so does an empty prompt.
-        self.ids = ids if len(ids) else np.asarray([tokenizer.eos_id], np.int32)
+        self.ids = ids if tokenizer.bos_id is None else np.insert(ids, 0, tokenizer.bos_id)
+        if not len(self.ids):
+            # Documents of the training data follow an end of text; so does an empty prompt.
+            self.ids = np.asarray([tokenizer.eos_id], np.int32)
         self.prompt, self.sample = prompt, sample
         self._eos_id = tokenizer.eos_id
         self._decoder = tokenizer_lib.StreamDecoder(tokenizer)
