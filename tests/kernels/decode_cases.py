@@ -24,14 +24,22 @@ PAGE = 2
 def make_case(
     *, B=2, T=1, K=2, G=3, C=4, lengths=None, starts=None, slots=12, seed=0, **how
 ) -> decode_oracle.Case:
-    """Returns a random case; `alibi` and `sinks` as Booleans."""
+    """Returns a random case; `alibi`, `table` and `sinks` as Booleans."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
         return np.asarray(np.float32(rng.standard_normal(shape)), np.float64)
 
-    heads = {"slopes_KG": np.abs(normal(K, G)), "sinks_KG": normal(K, G)}
-    wanted = {"slopes_KG": how.pop("alibi", False), "sinks_KG": how.pop("sinks", False)}
+    heads = {
+        "slopes_KG": np.abs(normal(K, G)),
+        "sinks_KG": normal(K, G),
+        "table_KGU": normal(K, G, 6),
+    }
+    wanted = {
+        "slopes_KG": how.pop("alibi", False),
+        "sinks_KG": how.pop("sinks", False),
+        "table_KGU": how.pop("table", False),
+    }
     return decode_oracle.Case(
         normal(B, T, K, G, C),
         normal(B, slots, K, C),
@@ -89,16 +97,23 @@ def arguments(case: decode_oracle.Case) -> dict:
     def array(x):
         return None if x is None else jnp.asarray(x, jnp.float32)
 
+    bias = None
+    if case.slopes_KG is not None:
+        bias = biases.Alibi(array(case.slopes_KG))
+    if case.table_KGU is not None:
+        table_KGU = array(case.table_KGU)
+        bias = biases.Relative(table_KGU, case.max_distance, case.is_bidirectional)
     return {
         "lengths_B": jnp.asarray(case.lengths_B),
         "starts_B": jnp.asarray(case.starts_B),
-        "bias": None if case.slopes_KG is None else biases.Alibi(array(case.slopes_KG)),
+        "bias": bias,
         "sinks_KG": array(case.sinks_KG),
     }
 
 
 @functools.partial(
-    jax.jit, static_argnames=("implementation", "scale", "window", "softcap", "sizes")
+    jax.jit,
+    static_argnames=("implementation", "scale", "window", "softcap", "is_causal", "sizes"),
 )
 def run(q_BTKGC, cache, arrays, **how):
     """Runs the operation; compiled once for all lengths, starts and tables."""
@@ -108,7 +123,7 @@ def run(q_BTKGC, cache, arrays, **how):
 def attend(case: decode_oracle.Case, layout, implementation, dtype="float32", junk=1e3, **how):
     """Returns the operation's result, float64."""
     cache = make_cache(case, layout, dtype, junk)
-    numbers = {"scale": case.scale, "window": case.window, "softcap": case.softcap}
+    numbers = {name: getattr(case, name) for name in ("scale", "window", "softcap", "is_causal")}
     how = {"sizes": SIZES} | numbers | how
     q_BTKGC = jnp.asarray(case.q_BTKGC, dtype)
     y_BTKGC = run(q_BTKGC, cache, arguments(case), implementation=implementation, **how)

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from tests.kernels import attention_oracle
+
 
 @dataclasses.dataclass
 class Case:
@@ -19,11 +21,15 @@ class Case:
     softcap: float | None = None
     slopes_KG: np.ndarray | None = None
     sinks_KG: np.ndarray | None = None
+    table_KGU: np.ndarray | None = None
+    is_causal: bool = True
+    max_distance: int = 9
+    is_bidirectional: bool = False
 
 
 def seen(case: Case, b: int, i: int) -> np.ndarray:
     """Returns the slots that query i of row b sees."""
-    own = int(case.lengths_B[b]) - case.q_BTKGC.shape[1] + i
+    own = int(case.lengths_B[b]) - (case.q_BTKGC.shape[1] - i if case.is_causal else 1)
     first = int(case.starts_B[b])
     if case.window is not None:
         first = max(first, own - case.window + 1)
@@ -43,8 +49,15 @@ def attention(case: Case) -> np.ndarray:
             scores = case.softcap * np.tanh(scores / case.softcap)
         if case.slopes_KG is not None:
             scores = scores - case.slopes_KG[kv, g] * (slots[-1] - slots)
+        if case.table_KGU is not None:
+            scores = scores + case.table_KGU[kv, g, _buckets(case, slots[-1] - slots)]
         sink = -np.inf if case.sinks_KG is None else case.sinks_KG[kv, g]
         top = max(scores.max(), sink)
         weights = np.exp(scores - top)
         y[b, i, kv, g] = weights @ case.v_BSKC[b, slots, kv] / (weights.sum() + np.exp(sink - top))
     return y
+
+
+def _buckets(case: Case, distances: np.ndarray) -> list[int]:
+    how = case.table_KGU.shape[-1], case.max_distance, case.is_bidirectional
+    return [attention_oracle.t5_bucket(int(distance), *how) for distance in distances]

@@ -26,6 +26,11 @@ CASES = {
     "window_of_few_queries": {"T": 2, "window": 5, "lengths": [11, 4]},
     "softcap": {"softcap": 0.7, "lengths": [6, 11]},
     "alibi": {"T": 2, "alibi": True, "lengths": [6, 11]},
+    "table": {"T": 2, "table": True, "lengths": [12, 7]},
+    "table_of_one_query": {"table": True, "lengths": [12, 7], "starts": [2, 0]},
+    "table_both_ways": {"table": True, "is_bidirectional": True, "lengths": [12, 7]},
+    "encoder": {"is_causal": False, "lengths": [12, 5]},
+    "encoder_of_few_queries": {"T": 3, "is_causal": False, "lengths": [12, 2], "sinks": True},
     "sinks": {"sinks": True, "lengths": [0, 11]},
     "multi_query": {"K": 1, "G": 4, "T": 2},
     "multi_head": {"K": 4, "G": 1},
@@ -61,6 +66,7 @@ ALL_CASES = [
     for name in CASES
     for layout, implementation in PAIRS
     if (implementation != "single_query" or CASES[name].get("T", 1) == 1)
+    and (implementation != "pallas" or "table" not in CASES[name])
     and (
         implementation != "pallas"
         or layout in ("paged", "int8_contiguous")
@@ -187,14 +193,27 @@ def _placed(cache, rules):
     return jax.tree_util.tree_map_with_path(put, cache)
 
 
+ON_DEVICES = {
+    "slopes": {"starts": [2, 0], "alibi": True, "sinks": True},
+    "table": {"T": 2, "starts": [2, 0], "table": True},
+    "encoder": {"T": 2, "is_causal": False, "sinks": True},
+}
+
+
 @pytest.mark.parametrize("kv_heads, tensor", [("sharded", 2), ("replicated", 3)])
-@pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)
-def test_rows_and_heads_may_lie_on_several_devices(layout, implementation, kv_heads, tensor):
-    """Slopes, sinks and lengths are whole everywhere, as a model makes them."""
-    case = decode_cases.make_case(lengths=[7, 12], starts=[2, 0], alibi=True, sinks=True)
+@pytest.mark.parametrize(
+    "name, layout, implementation",
+    [("slopes", *pair) for pair in PAIRS]
+    + [("table", "slots_last", "reference"), ("table", "contiguous", "reference")]
+    + [("encoder", "slots_last", "reference"), ("encoder", "contiguous", "pallas")],
+)
+def test_rows_and_heads_may_lie_on_several_devices(name, layout, implementation, kv_heads, tensor):
+    """Slopes, tables, sinks and lengths are whole everywhere, as a model makes them."""
+    case = decode_cases.make_case(lengths=[7, 12], **ON_DEVICES[name])
     mesh, rules = helpers.make_mesh((1, 2, 1, 1, tensor), "tp", kv_heads=kv_heads)
     arrays = decode_cases.arguments(case)
-    how = {"scale": case.scale, "implementation": implementation, "sizes": decode_cases.SIZES}
+    how = {"implementation": implementation, "sizes": decode_cases.SIZES}
+    how |= {"scale": case.scale, "is_causal": case.is_causal}
     with jax.set_mesh(mesh):
         cache = _placed(decode_cases.make_cache(case, layout), rules)
         q_BTKGC = jax.device_put(jnp.asarray(case.q_BTKGC, jnp.float32), rules.act("BTKGC"))
@@ -223,7 +242,15 @@ def _attend(layout="contiguous", changes=None, **how):
         ("paged", {"starts_B": jnp.zeros((2, 1), jnp.int32)}, r"starts .* got int32 \(2, 1\)"),
         ("paged", {"sinks_KG": jnp.zeros((3, 2))}, r"\(3, 2\) do not fit heads \[K,G\] = \(2, 3\)"),
         ("paged", {"bias": biases.Alibi(jnp.ones((2, 1)))}, r"slopes \[K,G\] = \(2, 1\)"),
-        ("paged", {"bias": biases.Relative(jnp.ones((2, 3, 8)))}, "no bias of kind Relative"),
+        ("paged", {"bias": biases.Full(jnp.ones((1, 1, 1, 1, 12)))}, "no bias of kind Full"),
+        ("paged", {"bias": biases.Relative(jnp.ones((3, 2, 8)))}, r"distance \[K,G\] = \(3, 2\)"),
+        (
+            "paged",
+            {"bias": biases.Relative(jnp.ones((2, 3, 8))), "implementation": "pallas"},
+            "'pallas' takes slopes alone, no bias of kind Relative; use 'auto' or 'reference'",
+        ),
+        ("paged", {"window": 2, "is_causal": False}, "neither window = 2 nor"),
+        ("paged", {"bias": biases.Alibi(jnp.ones((2, 3))), "is_causal": False}, "kind Alibi"),
         ("paged", {"window": 0}, "window = 0 must be at least 1"),
         ("paged", {"implementation": "single_query"}, r"\(2, 1, 2, 3, 4\) and Paged"),
         ("slots_last", {"implementation": "single_query", "T": 2}, r"\(2, 2, 2, 3, 4\)"),

@@ -16,6 +16,7 @@ from llm_jax.kernels.decode_attention import op
 from llm_jax.kernels.decode_attention import paged
 from llm_jax.kernels.decode_attention import pallas
 from llm_jax.kernels.decode_attention import quantize
+from llm_jax.kernels.flash_attention import biases
 from tests import helpers
 from tests.kernels import decode_cases
 from tests.kernels import decode_oracle
@@ -196,7 +197,21 @@ def test_a_tpu_gets_the_layout_of_what_attends(width, implementation, is_kernel,
     cache = op.make_cache(B, K, **how)
     assert isinstance(cache, caches.Contiguous if is_kernel else caches.SlotsLast)
     q_BTKGC = jnp.zeros((B, 1, K, 1, width))
-    assert op._choose(q_BTKGC, cache, V5E) == ("pallas" if is_kernel else "single_query")
+    assert op._choose(q_BTKGC, cache, V5E, None) == ("pallas" if is_kernel else "single_query")
+
+
+@pytest.mark.parametrize(
+    "bias, implementation", [(biases.Alibi, "pallas"), (biases.Relative, "single_query")]
+)
+def test_a_tpu_gets_the_layout_of_what_adds_the_bias(bias, implementation, monkeypatch):
+    monkeypatch.setattr(op.placement, "device_kind", lambda: V5E)
+    cache = op.make_cache(B, K, num_slots=100, width=64, dtype="bfloat16", bias=bias)
+    q_BTKGC = jnp.zeros((B, 1, K, 1, 64))
+    of_heads = jnp.zeros((K, 1)) if bias is biases.Alibi else jnp.zeros((K, 1, 8))
+    assert op._choose(q_BTKGC, cache, V5E, bias(of_heads)) == implementation
+    contiguous = caches.make_contiguous(B, K, 128, 64, "bfloat16")
+    wanted = "reference" if bias is biases.Relative else "pallas"
+    assert op._choose(q_BTKGC, contiguous, V5E, bias(of_heads)) == wanted
 
 
 def test_int8_without_the_kernel_is_refused():

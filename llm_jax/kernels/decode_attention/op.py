@@ -29,6 +29,7 @@ def make_cache(
     dtype: jax.typing.DTypeLike,
     row_axes: placement.Axes = None,
     head_axes: placement.Axes = None,
+    bias: type[biases.Bias] | None = None,
     implementation: str = "auto",
 ) -> caches.SlotsLast | caches.Contiguous:
     """Returns an empty cache in the layout that suits what will attend to it.
@@ -38,8 +39,9 @@ def make_cache(
         up to what one copy of the kernel takes.
       dtype: of keys and values; int8, which rounds them, for `pallas` alone.
       row_axes, head_axes: of the mesh that is set, which rows and heads are cut over.
+      bias: the kind of bias that attention to the cache will add; None: none.
       implementation: `pallas` makes a `Contiguous` cache, and so does `auto` on TPUs where the kernel
-        takes it; every other name of `config.model.attention` a `SlotsLast`.
+        takes it and the bias; every other name of `config.model.attention` a `SlotsLast`.
 
     Raises:
       ValueError: int8 where the kernel is not asked for, or not at hand.
@@ -50,6 +52,7 @@ def make_cache(
     is_taken = implementation == "pallas" or (
         implementation == "auto"
         and device_kind.startswith("TPU")
+        and pallas.bias_refusal(bias) is None
         and pallas.layout_refusal(local_heads, width, slots, dtype, device_kind) is None
     )
     if is_taken:
@@ -75,8 +78,9 @@ def attention(
     starts_B: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    bias: biases.Alibi | None = None,
+    bias: biases.Alibi | biases.Relative | None = None,
     sinks_KG: jax.Array | None = None,
+    is_causal: bool = True,
     implementation: str = "auto",
     sizes: pallas.Sizes | None = None,
 ) -> jax.Array:
@@ -84,18 +88,20 @@ def attention(
 
     Row b holds the slots from `starts_B[b]` up to `lengths_B[b]`, and query i of T is at slot
     `lengths_B[b] - T + i`: the cache is written up to the last query. A query sees its own slot and
-    those before.
+    those before. Without `is_causal` it has no slot and sees all of its row, as a decoder's queries do
+    the keys of its encoder's tokens.
 
     Args:
-      q_BTKGC: the queries, one a row or a few (speculative decoding).
+      q_BTKGC: the queries, one a row or a few (speculative decoding; beams that share an encoder's row).
       cache: keys and values; what lies outside of a row may be anything finite, for `pallas` anything.
       lengths_B: int32, of each row, with what lies before its first slot; at most the cache's slots.
       scale: factor of the scores, commonly C**-0.5.
       starts_B: int32, first slot of each row (prompts padded on the left); None: 0.
       window: a query sees this many slots, its own among them; None: all.
       softcap: scores become `softcap * tanh(scores / softcap)`.
-      bias: added to the scores after that; slopes alone.
+      bias: added to the scores after that; any that goes by distance. `pallas` takes slopes alone.
       sinks_KG: float32 logits that join the softmax and attend to nothing.
+      is_causal: whether a query sees no slot after its own; if not, there is neither window nor bias.
       implementation: `auto`, `reference`, `single_query` (T = 1, of a `SlotsLast`) or `pallas` (of the
         other two; on a CPU interpreted). `auto` takes `pallas` on TPUs where the kernel takes the
         arguments, `single_query` where it can, and else the reference; the log says what it took.
@@ -108,15 +114,15 @@ def attention(
       ValueError: shapes that do not fit each other, or an implementation that does not take them.
     """
     _check_shapes(q_BTKGC, cache)
-    _check_others(q_BTKGC.shape, lengths_B, starts_B, window, bias, sinks_KG)
+    _check_others(q_BTKGC.shape, lengths_B, starts_B, window, bias, sinks_KG, is_causal)
     if starts_B is None:
         starts_B = jnp.zeros_like(lengths_B)
     others = {"lengths_B": lengths_B, "starts_B": starts_B, "bias": bias, "sinks_KG": sinks_KG}
     how = placement.like_queries(others, q_BTKGC)
-    how |= {"scale": scale, "window": window, "softcap": softcap}
+    how |= {"scale": scale, "window": window, "softcap": softcap, "is_causal": is_causal}
     device_kind = placement.device_kind()
     if implementation == "auto":
-        implementation = _choose(q_BTKGC, cache, device_kind)
+        implementation = _choose(q_BTKGC, cache, device_kind, bias)
         _say(implementation, q_BTKGC.shape[1], device_kind)
     if implementation == "pallas":
         how |= {"device_kind": device_kind, "sizes": sizes}
@@ -147,10 +153,11 @@ def _implementation(name: str, q_BTKGC: jax.Array, cache: Cache) -> Callable[...
     )
 
 
-def _choose(q_BTKGC: jax.Array, cache: Cache, device_kind: str) -> str:
+def _choose(q_BTKGC: jax.Array, cache: Cache, device_kind: str, bias: biases.Bias | None) -> str:
     if isinstance(cache, caches.SlotsLast):
         return "single_query" if q_BTKGC.shape[1] == 1 else "reference"
-    if device_kind.startswith("TPU") and pallas.refusal(q_BTKGC, cache, device_kind) is None:
+    is_tpu = device_kind.startswith("TPU")
+    if is_tpu and pallas.refusal(q_BTKGC, cache, device_kind, bias) is None:
         return "pallas"
     return "reference"
 
@@ -189,18 +196,27 @@ def _check_shapes(q_BTKGC: jax.Array, cache: Cache) -> None:
             )
 
 
-def _check_others(q, lengths_B, starts_B, window, bias, sinks_KG) -> None:
+def _check_others(q, lengths_B, starts_B, window, bias, sinks_KG, is_causal) -> None:
+    if not is_causal and not (window is None and bias is None):
+        raise ValueError(
+            "queries that see their whole row have no slot: attention to a cache without is_causal"
+            f" takes neither window = {window} nor a bias of kind {type(bias).__name__}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window = {window} must be at least 1: a query sees its own slot")
     for name, array in (("lengths", lengths_B), ("starts", starts_B)):
         if array is not None and (array.shape != q[:1] or array.dtype != jnp.int32):
             raise ValueError(f"{name} [B] must be int32 {q[:1]}, got {array.dtype} {array.shape}")
-    if not isinstance(bias, biases.Alibi | None):
+    if not isinstance(bias, biases.Alibi | biases.Relative | None):
         raise ValueError(
-            f"attention to a cache takes no bias of kind {type(bias).__name__}; use Alibi, or"
-            " flash_attention.op with q_offset"
+            f"attention to a cache takes no bias of kind {type(bias).__name__}, only those that go by"
+            " distance, Alibi and Relative; or use flash_attention.op with q_offset"
         )
-    heads = {"sinks": sinks_KG, "ALiBi slopes": None if bias is None else bias.slopes_KG}
-    for name, array in heads.items():
-        if array is not None and array.shape != q[2:4]:
-            raise ValueError(f"{name} [K,G] = {array.shape} do not fit heads [K,G] = {q[2:4]}")
+    shapes = {"sinks [K,G]": q[2:4] if sinks_KG is None else sinks_KG.shape}
+    if isinstance(bias, biases.Alibi):
+        shapes["ALiBi slopes [K,G]"] = bias.slopes_KG.shape
+    if isinstance(bias, biases.Relative):
+        shapes["heads of a table by distance [K,G]"] = bias.table_KGU.shape[:-1]
+    for name, shape in shapes.items():
+        if shape != q[2:4]:
+            raise ValueError(f"{name} = {shape} do not fit heads [K,G] = {q[2:4]}")

@@ -105,8 +105,20 @@ def layout_refusal(
     return None
 
 
-def refusal(q_BTKGC: jax.Array, cache: Cache, device_kind: str) -> str | None:
+def bias_refusal(bias: type[biases.Bias] | None) -> str | None:
+    """Returns why the kernel does not take a kind of bias, or None where it does."""
+    if bias in (None, biases.Alibi):
+        return None
+    return f"takes slopes alone, no bias of kind {bias.__name__}; use 'auto' or 'reference'"
+
+
+def refusal(
+    q_BTKGC: jax.Array, cache: Cache, device_kind: str, bias: biases.Bias | None = None
+) -> str | None:
     """Returns why the kernel does not take these arguments, or None where it does."""
+    reason = bias_refusal(None if bias is None else type(bias))
+    if reason is not None:
+        return reason
     axes = _axes(q_BTKGC)
     row_axes, length_axes, head_axes, _, width_axes = axes
     if any(map(placement.is_cut, (length_axes, width_axes))):
@@ -127,6 +139,7 @@ class _Static:
     scale: float
     softcap: float | None
     window: int | None
+    is_causal: bool
     sizes: Sizes
     is_interpreted: bool
 
@@ -141,8 +154,9 @@ def attention(
     device_kind: str,
     window: int | None = None,
     softcap: float | None = None,
-    bias: biases.Alibi | None = None,
+    bias: biases.Alibi | biases.Relative | None = None,
     sinks_KG: jax.Array | None = None,
+    is_causal: bool = True,
     sizes: Sizes | None = None,
 ) -> jax.Array:
     """As `op.attention`, by the kernel on each device: rows and heads lie as the queries do.
@@ -152,16 +166,17 @@ def attention(
       sizes: instead of those of the device.
 
     Raises:
-      ValueError: a device, layout or sharding that the kernel does not take.
+      ValueError: a device, layout, sharding or bias that the kernel does not take.
     """
     static = _Static(
         scale,
         softcap,
         window,
+        is_causal,
         sizes or _BY_DEVICE.get(device_kind, Sizes()),
         device_kind == "cpu",
     )
-    reason = refusal(q_BTKGC, cache, device_kind)
+    reason = refusal(q_BTKGC, cache, device_kind, bias)
     if reason is not None:
         raise ValueError(f"decode attention 'pallas' {reason}")
     row_axes, _, head_axes, group_axes, _ = _axes(q_BTKGC)
@@ -209,6 +224,12 @@ def _cache_specs(cache: Cache, row_axes, head_axes) -> Cache:
 
 def _on_one_device(static, q_BTKGC, cache, lengths_B, starts_B, bias, sinks_KG):
     B, T, K, G, C = q_BTKGC.shape
+    if not static.is_causal and T > 1:
+        # Queries that see the same slots are to the kernel as many groups of one query.
+        folded_B1KRC = jnp.moveaxis(q_BTKGC, 1, 3).reshape(B, 1, K, G * T, C)
+        sinks_KR = None if sinks_KG is None else jnp.repeat(sinks_KG, T, axis=1)
+        y_B1KRC = _on_one_device(static, folded_B1KRC, cache, lengths_B, starts_B, None, sinks_KR)
+        return jnp.moveaxis(y_B1KRC.reshape(B, K, G, T, C), 3, 1)
     heads = _heads_of_a_pack(K, C, static.sizes.lanes)
     # With the base-2 exponent too, unless the scores are changed after.
     factor = static.scale * (scores_lib.LOG2E if static.softcap is None else 1.0)

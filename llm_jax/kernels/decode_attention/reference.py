@@ -17,8 +17,9 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    bias: biases.Alibi | None = None,
+    bias: biases.Alibi | biases.Relative | None = None,
     sinks_KG: jax.Array | None = None,
+    is_causal: bool = True,
 ) -> jax.Array:
     """As `op.attention`, of keys and values by slot."""
     # In float32 from the start: XLA has no products of bfloat16 with float32 sums for a CPU in every
@@ -33,6 +34,7 @@ def attention(
         softcap=softcap,
         bias=bias,
         sinks_KG=sinks_KG,
+        is_causal=is_causal,
     )
     weights_BKGTS = weights_BKGTS.astype(v_BSKC.dtype)
     return jnp.einsum("BKGTS,BSKC->BTKGC", weights_BKGTS, v_BSKC).astype(q_BTKGC.dtype)
@@ -45,12 +47,15 @@ def weights(
     starts_B: jax.Array,
     window: int | None,
     softcap: float | None,
-    bias: biases.Alibi | None,
+    bias: biases.Alibi | biases.Relative | None,
     sinks_KG: jax.Array | None,
+    is_causal: bool,
 ) -> jax.Array:
     """Returns the weights of scaled scores; zeros for what a query does not see."""
     T, S = scores_BKGTS.shape[-2:]
-    t_BTS = (lengths_B[:, None] + jnp.arange(-T, 0))[..., None]
+    # Queries that see their whole row are all at its last slot.
+    slots_before_end = jnp.arange(-T, 0) if is_causal else jnp.full(T, -1)
+    t_BTS = (lengths_B[:, None] + slots_before_end)[..., None]
     s_S = jnp.arange(S)
     allowed_BTS = (s_S <= t_BTS) & (s_S >= starts_B[:, None, None])
     if window is not None:

@@ -76,7 +76,10 @@ class Relative(Bias):
 
     def by_distance_KGD(self, distance: jax.Array) -> jax.Array:
         """Returns the value of each `t - s`, [K, G, *distances]."""
-        return jnp.take(self.table_KGU, self.buckets(distance), axis=-1)
+        buckets = self.buckets(distance)
+        # Heads lie where the table has them, distances where they are (those of rows, in generation).
+        spec = jax.typeof(self.table_KGU).sharding.spec[:-1] + jax.typeof(buckets).sharding.spec
+        return self.table_KGU.at[..., buckets].get(out_sharding=spec if any(spec) else None)
 
     def scores_BKGTS(self, t_T, s_S):
         return self.by_distance_KGD(_distance_TS(t_T, s_S))[None]
