@@ -202,13 +202,19 @@ def import_model(source: source_lib.Source, workdir: str, options: Options) -> s
     conversion = Conversion(source, options, mesh, rules)
     tokenizer, spec = conversion.tokenizer()
     model = conversion.model_config
+    data, objective = config_lib.DataConfig(), config_lib.ObjectiveConfig()
     config = config_lib.RunConfig(
         model=model,
-        data=config_lib.DataConfig(
+        data=dataclasses.replace(
+            data,
             tokenizer=spec,
-            sequence_length=min(config_lib.DataConfig().sequence_length, model.max_length),
+            sequence_length=min(data.sequence_length, model.max_length),
         ),
-        objective=config_lib.ObjectiveConfig(name=_objective(model)),
+        objective=dataclasses.replace(
+            objective,
+            name=_objective(model),
+            target_length=min(objective.target_length, model.max_length),
+        ),
     )
     config_lib.check(config)
     step_dir = checkpoint.save_params(

@@ -274,7 +274,8 @@ def to_ours(
     if unknown:
         _LOG.warning("%s has settings that llm_jax does not know: %s", where, ", ".join(unknown))
     try:
-        return config_lib.from_dict({"model": ours, "data": {"sequence_length": 1}}).model
+        shortest = {"data": {"sequence_length": 1}, "objective": {"target_length": 1}}
+        return config_lib.from_dict({"model": ours} | shortest).model
     except errors.UserError as error:
         raise errors.UserError(f"{where}: {error}") from error
 

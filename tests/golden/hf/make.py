@@ -105,7 +105,7 @@ VARIANTS = {
             "activation_function": "relu",
             "dropout": 0.0,
             "pad_token_id": PAD,
-            "decoder_start_token_id": PAD,
+            "decoder_start_token_id": 1,  # not padding, which its table gives no gradient
             "eos_token_id": 2,
             "forced_eos_token_id": None,
         },
@@ -216,7 +216,7 @@ def inputs_of(name: str, rng: np.random.Generator, side: str, rows) -> dict[str,
     inputs = {"input_ids": ids, "attention_mask": mask}
     if name in ENCODER_DECODERS:
         decoder_ids = rng.integers(3, VOCAB, (len(rows), TARGET_LENGTH))
-        decoder_ids[:, 0] = PAD
+        decoder_ids[:, 0] = VARIANTS[name][2]["decoder_start_token_id"]
         inputs["decoder_input_ids"] = decoder_ids
     elif name in ENCODERS:
         if name != "modernbert":
