@@ -5,8 +5,8 @@ that they share) needs them.
 """
 
 from llm_jax import command
+from llm_jax.data import example_cache
 from llm_jax.data import prepare
-from llm_jax.data import token_cache
 
 
 def main() -> None:
@@ -16,7 +16,12 @@ def main() -> None:
         print(f"{name}: {_summary(cache)}")
 
 
-def _summary(cache: token_cache.TokenCache) -> str:
+def _summary(cache: prepare.Cache) -> str:
+    if isinstance(cache, example_cache.ExampleCache):
+        num_tokens = sum(len(column.values) for column in cache.inputs)
+        labels = cache.manifest.labels
+        named = f", labels {', '.join(labels)}" if labels else ""
+        return f"{cache.num_examples:,} examples, {num_tokens:,} tokens to read{named}, in {cache.path}"
     return (
         f"{cache.num_documents:,} documents, {cache.num_tokens:,} tokens,"
         f" {cache.num_bytes / 1e6:.2f} MB of text"

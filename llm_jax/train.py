@@ -121,7 +121,9 @@ class Run:
         self._is_main = distributed.is_main()
         self._is_profiling = False
         self._terminal = metrics_lib.Terminal()
-        self._checkpoints = checkpoint.Checkpoints(workdir, config, prepared.tokenizer.to_dict())
+        self._checkpoints = checkpoint.Checkpoints(
+            workdir, config, prepared.tokenizer.to_dict(), prepared.labels
+        )
         self._state = self._first_state(rules, mesh)
         self._first_step = int(self._state.step)
         self._writer = metrics_lib.Writer(workdir, self._first_step) if self._is_main else None

@@ -201,6 +201,8 @@ def test_section_that_is_no_section():
             ["objective.target_length = 2048", "1024", "max_length"],
         ),
         # Sources.
+        ("data.input_fields", "a,b,c", ["data.input_fields = 'a,b,c'", "one field, or two"]),
+        ("data.input_fields", "a,", ["data.input_fields = 'a,'"]),
         ("data.source", "tfds", ["data.source = 'tfds'", "tfds:NAME"]),
         ("data.source", "csv:x", ["data.source = 'csv:x'", "jsonl:GLOB:field"]),
         ("data.source", "jsonl:x.jsonl", ["jsonl:GLOB:field"]),
@@ -229,6 +231,7 @@ def test_value_that_will_not_do(path, value, parts):
         ("model.remat", config_lib.REMATS),
         ("objective.name", config_lib.OBJECTIVES),
         ("data.packing", config_lib.PACKINGS),
+        ("data.too_long", config_lib.TOO_LONG),
         ("optim.name", config_lib.OPTIMIZERS),
         ("optim.schedule", config_lib.SCHEDULES),
         ("train.on_nonfinite", config_lib.NONFINITE),
@@ -277,6 +280,27 @@ def test_packing_that_the_objective_does_not_take(objective, packing):
         config_lib.check_objective(config)
 
 
+@pytest.mark.parametrize(
+    "objective, data, parts",
+    [
+        ("token", {"input_fields": "a,b"}, ["data.input_fields = 'a,b'", "list of words"]),
+        ("span", {"input_fields": "a"}, ["data.input_fields = 'a'", "question,context"]),
+        ("sequence", {"source": "text:x"}, ["data.source = 'text:x'", "jsonl:GLOB"]),
+    ],
+)
+def test_examples_that_the_objective_does_not_take(objective, data, parts):
+    model = config_lib.ModelConfig(architecture="encoder", head=objective)
+    config = config_lib.RunConfig(
+        model=model,
+        data=config_lib.DataConfig(**data),
+        objective=config_lib.ObjectiveConfig(name=objective),
+    )
+    config_lib.check(config)
+    with pytest.raises(errors.UserError) as error:
+        config_lib.check_objective(config)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
 def test_each_objective_is_for_some_model():
     taken = set()
     for architecture, head, objective in itertools.product(
@@ -286,8 +310,10 @@ def test_each_objective_is_for_some_model():
         if architecture == "encoder_decoder" and head != "lm":
             continue
         config = config_lib.from_dict(_set(path, [architecture, head, objective]))
+        fields = "question,context" if objective == "span" else "text"
+        data = dataclasses.replace(config.data, input_fields=fields)
         try:
-            config_lib.check_objective(config)
+            config_lib.check_objective(dataclasses.replace(config, data=data))
         except errors.UserError:
             continue
         taken.add((architecture, objective))
@@ -306,6 +332,7 @@ def test_each_objective_is_for_some_model():
         ("model.positions;model.head_dim", ["none", 7]),
         ("optim.learning_rate", 1),
         ("model.num_layers", 2.0),
+        ("objective.name;data.source", ["seq2seq", "jsonl:x.jsonl"]),
         ("mesh.data;mesh.tensor", [2, -1]),
         ("optim.clip_norm", None),
     ],

@@ -47,7 +47,15 @@ class _KeepBest:
 class Checkpoints:
     """Saves and restores the state of one run, asynchronously."""
 
-    def __init__(self, workdir: str, config: config_lib.RunConfig, tokenizer: dict[str, Any]):
+    def __init__(
+        self,
+        workdir: str,
+        config: config_lib.RunConfig,
+        tokenizer: dict[str, Any],
+        labels: list[str] | None = None,
+    ):
+        """Args: folder and config of the run; what its checkpoints tell of tokens and of classes."""
+        self._labels = labels
         self._directory = folder.directory(workdir)
         self._config = config
         self._tokenizer = tokenizer
@@ -90,6 +98,7 @@ class Checkpoints:
             eval_loss=eval_loss,
             arrays=contents.of_tree(parts),
             mesh=contents.mesh_of(parts),
+            labels=self._labels,
         )
         self._note_loss(step, eval_loss)
         args = ocp.args.Composite(

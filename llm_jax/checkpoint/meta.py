@@ -81,6 +81,7 @@ class Meta:
       arrays: by their paths; None in checkpoints of before they were recorded.
       mesh: size of each axis that they were saved from; None where that was not recorded.
       source: what the parameters were converted from (`convert`); None if they were trained here.
+      labels: names of classes by their number; None where a model has none.
     """
 
     step: int
@@ -92,6 +93,7 @@ class Meta:
     arrays: dict[str, ArrayInfo] | None = None
     mesh: dict[str, int] | None = None
     source: dict[str, Any] | None = None
+    labels: list[str] | None = None
 
 
 def make_record(meta: Meta) -> dict[str, Any]:
@@ -145,6 +147,7 @@ def read_meta(step_dir: epath.Path) -> Meta:
         arrays=_arrays(raw["arrays"]) if "arrays" in raw else None,
         mesh=raw["mesh"] if "mesh" in raw else None,
         source=raw["source"] if "source" in raw else None,
+        labels=raw["labels"] if "labels" in raw else None,
     )
 
 

@@ -71,6 +71,7 @@ def as_json(
             "tokenizer": _tokenizer(meta.tokenizer),
             "config": config_lib.to_dict(meta.config),
         }
+        result |= {"labels": meta.labels} if meta.labels else {}
     if comparison is not None:
         result["comparison"] = {
             "against": comparison.against,
@@ -109,6 +110,7 @@ def _header(found: inspection.Inspection) -> str:
             ("step", f"{meta.step} of {meta.config.train.num_steps}"),
             ("evaluation", _loss(meta.eval_loss)),
             ("tokenizer", _tokenizer_line(meta.tokenizer)),
+            *([("labels", ", ".join(meta.labels))] if meta.labels else []),
             ("saved by", ", ".join(f"{name} {v}" for name, v in meta.versions.items())),
         ]
     rows.append(("saved from", _mesh(found.mesh)))

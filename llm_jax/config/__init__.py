@@ -37,6 +37,8 @@ from llm_jax.config.schema import REMATS
 from llm_jax.config.schema import ROPE_SCALINGS
 from llm_jax.config.schema import RULES
 from llm_jax.config.schema import SCHEDULES
+from llm_jax.config.schema import TEXT_OBJECTIVES
+from llm_jax.config.schema import TOO_LONG
 from llm_jax.config.schema import CheckpointConfig
 from llm_jax.config.schema import DataConfig
 from llm_jax.config.schema import MeshConfig
@@ -77,6 +79,8 @@ __all__ = [
     "RULES",
     "RunConfig",
     "SCHEDULES",
+    "TEXT_OBJECTIVES",
+    "TOO_LONG",
     "TrainConfig",
     "check",
     "check_objective",

@@ -186,6 +186,7 @@ def _check_data(config: schema.RunConfig) -> None:
         d.sequence_length,
         f"the model has {config.model.max_length} positions (model.max_length)",
     )
+    _require_choice("data", d, "too_long", schema.TOO_LONG)
     kind, _, rest = d.source.partition(":")
     _require(
         kind in ("tfds", "text", "jsonl") and bool(rest),
@@ -194,10 +195,17 @@ def _check_data(config: schema.RunConfig) -> None:
         "use tfds:NAME[/config], text:GLOB or jsonl:GLOB:field",
     )
     _require(
-        kind != "jsonl" or ":" in rest,
+        kind != "jsonl" or ":" in rest or config.objective.name not in schema.TEXT_OBJECTIVES,
         "data.source",
         d.source,
         "jsonl needs the field that holds the text: jsonl:GLOB:field",
+    )
+    fields = d.input_fields.split(",")
+    _require(
+        all(field.strip() for field in fields) and len(fields) <= 2,
+        "data.input_fields",
+        d.input_fields,
+        "name one field, or two with a comma between",
     )
 
 
@@ -261,6 +269,30 @@ def check_objective(config: schema.RunConfig) -> None:
         "data.packing",
         packing,
         f"objective.name = {name!r} takes {' or '.join(packings)}",
+    )
+    if name not in schema.TEXT_OBJECTIVES:
+        _check_examples(config.data, name)
+
+
+def _check_examples(d: schema.DataConfig, name: str) -> None:
+    _require(
+        not d.source.startswith("text:"),
+        "data.source",
+        d.source,
+        f"examples for objective.name = {name!r} come from tfds:NAME[/config] or jsonl:GLOB",
+    )
+    num_fields = len(d.input_fields.split(","))
+    _require(
+        name != "token" or num_fields == 1,
+        "data.input_fields",
+        d.input_fields,
+        "objective.name = 'token' takes the one field that has the list of words",
+    )
+    _require(
+        name != "span" or num_fields == 2,
+        "data.input_fields",
+        d.input_fields,
+        "objective.name = 'span' takes two, of which the second holds the answer: question,context",
     )
 
 

@@ -16,6 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "chunked", "jax_nn", "pallas")
 CROSS_ENTROPIES = ("auto", "reference", "chunked", "pallas")
 PACKINGS = ("packed", "concat", "none")
+TOO_LONG = ("truncate", "refuse")
 TEXT_OBJECTIVES = ("causal", "prefix", "mlm", "span_corruption", "ul2")
 LABEL_OBJECTIVES = ("sequence", "token", "span")  # each with the head of its name
 OBJECTIVES = (*TEXT_OBJECTIVES, "seq2seq", *LABEL_OBJECTIVES)
@@ -127,7 +128,15 @@ class ModelConfig:
 class DataConfig:
     """Where text comes from and how it becomes batches."""
 
-    source: str = "tfds:state_of_the_union"  # tfds:NAME[/config] | text:GLOB | jsonl:GLOB:field
+    # tfds:NAME[/config] | text:GLOB | jsonl:GLOB:field; of examples tfds:NAME[/config] | jsonl:GLOB
+    source: str = "tfds:state_of_the_union"
+    input_fields: str = (
+        "text"  # of an example: the field of its text, or of two: "question,context"
+    )
+    target_field: str = "label"  # of an example: text to write, label, number, labels or answer
+    too_long: str = (
+        "truncate"  # examples that no row holds: truncate (a warning counts them) | refuse
+    )
     tokenizer: str = "bytes"  # bytes | bpe:PATH | train_bpe:VOCAB_SIZE | sentencepiece:PATH
     batch_size: int = 8  # sequences in one optimiser step, over all devices
     sequence_length: int = 256  # tokens

@@ -1,6 +1,7 @@
-"""Documents to token caches: once for each source, split and tokenizer.
+"""Documents to token caches, examples to example caches: once for each source, split and tokenizer.
 
     CACHE_DIR/tokens/KEY/            a token cache
+    CACHE_DIR/examples/KEY/          an example cache
     CACHE_DIR/tokenizers/KEY.json    a tokenizer that was trained on the training split
     CACHE_DIR/tfds/                  TFDS datasets
 
@@ -8,6 +9,7 @@ A key hashes whatever the content follows from, so a change of any of it makes a
 finished cache is never written to again.
 """
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 import dataclasses
@@ -26,6 +28,8 @@ from llm_jax import config as config_lib
 from llm_jax import distributed
 from llm_jax import errors
 from llm_jax.data import cache_folder
+from llm_jax.data import example_cache
+from llm_jax.data import examples
 from llm_jax.data import file_lock
 from llm_jax.data import objectives
 from llm_jax.data import sources
@@ -40,13 +44,22 @@ _KEY_LENGTH = 24  # hex digits of a sha256: collisions are out of the question
 _log = logging.getLogger(__name__)
 
 
+Cache = token_cache.TokenCache | example_cache.ExampleCache
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a run reads: two token caches, and their tokenizer with the objective's special tokens."""
+    """What a run reads: two caches, and their tokenizer with the objective's special tokens."""
 
-    train: token_cache.TokenCache
-    eval: token_cache.TokenCache
+    train: Cache
+    eval: Cache
     tokenizer: tokenizer_lib.Tokenizer
+
+    @property
+    def labels(self) -> list[str] | None:
+        """Names of classes by their number, if the objective has any."""
+        is_of_examples = isinstance(self.train, example_cache.ExampleCache)
+        return self.train.manifest.labels if is_of_examples else None
 
 
 def prepare(run_config: config_lib.RunConfig) -> Prepared:
@@ -62,10 +75,11 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
     data = run_config.data
     if "://" in data.cache_dir:
         raise errors.UserError(
-            f"data.cache_dir = {data.cache_dir!r} is remote: token caches are memory-mapped, so"
+            f"data.cache_dir = {data.cache_dir!r} is remote: caches are memory-mapped, so"
             " give a local directory"
         )
-    base = make_tokenizer(data)
+    is_of_text = run_config.objective.name in config_lib.TEXT_OBJECTIVES
+    base = make_tokenizer(data, is_of_text=is_of_text)
     tokenizer = objectives.extended(run_config, base)
     if tokenizer.vocab_size > run_config.model.vocab_size:
         raise errors.UserError(
@@ -73,12 +87,16 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
             f"{_added(base, tokenizer)}, more than model.vocab_size = {run_config.model.vocab_size}: set"
             f" --config.model.vocab_size={tokenizer.vocab_size} or more"
         )
-    return Prepared(
-        # Tokens that were added for the objective are in no text, so caches do without them.
-        train=_prepare_split(data, data.train_split, base),
-        eval=_prepare_split(data, data.eval_split, base),
-        tokenizer=tokenizer,
-    )
+    # Tokens that were added for the objective are in no text, so caches do without them.
+    if is_of_text:
+        train, evaluation = (
+            _prepare_split(data, split, base) for split in (data.train_split, data.eval_split)
+        )
+    else:
+        train = _prepare_examples(run_config, data.train_split, base, None)
+        evaluation = _prepare_examples(run_config, data.eval_split, base, train.manifest.labels)
+        _check_num_labels(run_config, train)
+    return Prepared(train, evaluation, tokenizer)
 
 
 def _added(base: tokenizer_lib.Tokenizer, tokenizer: tokenizer_lib.Tokenizer) -> str:
@@ -97,15 +115,21 @@ def check_same(prepared: Prepared) -> None:
     manifests = (prepared.train.manifest, prepared.eval.manifest)
     distributed.check_same(
         "the data",
-        [manifest.sha256[token_cache.TOKENS_FILE] for manifest in manifests]
+        [json.dumps(manifest.sha256, sort_keys=True) for manifest in manifests]
         + [prepared.tokenizer.fingerprint()],
         "data.source and data.tokenizer must name the same files on every host; see"
         f" {prepared.train.path}",
     )
 
 
-def make_tokenizer(data: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
+def make_tokenizer(
+    data: config_lib.DataConfig, *, is_of_text: bool = True
+) -> tokenizer_lib.Tokenizer:
     """Returns the tokenizer of a config; one to be trained is trained once and kept.
+
+    Args:
+      data: which, and what it is trained on.
+      is_of_text: whether the source is of documents, not of examples.
 
     Raises:
       errors.UserError: a bad spec or file; or bad documents, if it has to be trained on them.
@@ -113,18 +137,21 @@ def make_tokenizer(data: config_lib.DataConfig) -> tokenizer_lib.Tokenizer:
     size = tokenizer_lib.trained_size(data.tokenizer)
     if size is None:
         return tokenizer_lib.load(data.tokenizer)
-    key = _key("train_bpe", size, sources.identity(data, data.train_split))
+    parts = ["train_bpe", size, sources.identity(data, data.train_split)]
+    key = _key(*parts, *([] if is_of_text else [data.input_fields, data.target_field]))
     path = _cache_dir(data) / "tokenizers" / f"{key}.json"
     if not path.exists():
         with file_lock.hold(path.parent / f".{key}.lock"):
             if not path.exists():
-                _train_tokenizer(data, path)
+                texts = sources.documents if is_of_text else examples.texts
+                _train_tokenizer(data, functools.partial(texts, data, data.train_split), path)
     return tokenizer_lib.from_dict(json.loads(path.read_bytes()))
 
 
-def _train_tokenizer(data: config_lib.DataConfig, path: pathlib.Path) -> None:
+def _train_tokenizer(
+    data: config_lib.DataConfig, documents: Callable[[], Iterable[str]], path: pathlib.Path
+) -> None:
     _log.info("training %s on %s, split %s", data.tokenizer, data.source, data.train_split)
-    documents = functools.partial(sources.documents, data, data.train_split)
     trained = tokenizer_lib.make(data.tokenizer, documents)
     temporary = path.with_suffix(".tmp")  # nobody else's, as the lock is held
     cache_folder.write_synced(temporary, json.dumps(trained.to_dict()).encode())
@@ -168,6 +195,57 @@ def _prepare_split(
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
+        )
+
+
+def _prepare_examples(
+    run_config: config_lib.RunConfig,
+    split: str,
+    tokenizer: tokenizer_lib.Tokenizer,
+    labels: list[str] | None,
+) -> example_cache.ExampleCache:
+    """Returns the examples of a split; `labels` are those of the training split, None to find them."""
+    data, name = run_config.data, run_config.objective.name
+    key = _key(
+        example_cache.FORMAT_VERSION,
+        sources.identity(data, split),
+        sources.identity(data, data.train_split),  # labels follow from it
+        tokenizer.fingerprint(),
+        [name, examples.is_regression(run_config), data.input_fields, data.target_field],
+    )
+    path = _cache_dir(data) / "examples" / key
+    if cache_folder.exists(path):
+        return example_cache.ExampleCache.open(path)
+    with cache_folder.lock(path):
+        if cache_folder.exists(path):
+            return example_cache.ExampleCache.open(path)
+        labels = examples.label_names(run_config) if labels is None else labels
+        made = examples.columns(run_config, tokenizer, labels, split)
+        is_hidden = None if distributed.is_main() else True
+        with tqdm.tqdm(made, f"{data.source} {split}", unit=" examples", disable=is_hidden) as bar:
+            return example_cache.write(
+                path,
+                bar,
+                examples.dtypes(run_config, tokenizer.vocab_size),
+                source=data.source,
+                split=split,
+                objective=name,
+                fields=[*examples.input_fields(data), data.target_field],
+                tokenizer=data.tokenizer,
+                tokenizer_fingerprint=tokenizer.fingerprint(),
+                eos_id=tokenizer.eos_id,
+                pad_id=tokenizer.pad_id,
+                labels=labels,
+            )
+
+
+def _check_num_labels(run_config: config_lib.RunConfig, cache: example_cache.ExampleCache) -> None:
+    num_labels = len(cache.manifest.labels or ())
+    if num_labels > run_config.model.num_labels:
+        raise errors.UserError(
+            f"data.target_field = {run_config.data.target_field!r} has {num_labels} labels, more than"
+            f" model.num_labels = {run_config.model.num_labels}: set"
+            f" --config.model.num_labels={num_labels}"
         )
 
 

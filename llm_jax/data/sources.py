@@ -3,14 +3,16 @@
     tfds:NAME[/config]   a TFDS dataset; its own splits
     text:GLOB            each file is a document
     jsonl:GLOB:field     each line is an object whose `field` is a document; .gz is unpacked
+    jsonl:GLOB           the same, of examples, whose fields `data.input_fields` and `target_field` name
 
 Text and JSONL files have no splits: `data.eval_fraction` of them is held out for
 `data.eval_split`, the rest is `data.train_split`. Every k-th document is held out; with fewer than
-10 documents it is the tail of each, cut at white space.
+10 documents it is the tail of each, cut at white space. Of examples it is always whole ones.
 """
 
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import glob
 import gzip
@@ -19,6 +21,7 @@ import itertools
 import json
 import os
 import pathlib
+from typing import Any
 
 from llm_jax import config as config_lib
 from llm_jax import errors
@@ -72,6 +75,35 @@ def documents(data_config: config_lib.DataConfig, split: str) -> Iterator[str]:
     yield from hold_out(filter(None, read), data_config.eval_fraction, is_eval)
 
 
+def records(
+    data_config: config_lib.DataConfig, split: str, fields: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the examples of a split, in an order that is always the same.
+
+    Args:
+      data_config: source, splits.
+      split: which.
+      fields: of each example, those that are wanted.
+
+    Yields:
+      Where the example is, for messages; its fields, as JSON has values.
+
+    Raises as `documents`, and for an example without one of the fields.
+    """
+    kind, _, rest = data_config.source.partition(":")
+    if kind == "tfds":
+        from llm_jax.data import tfds_source  # imports TensorFlow
+
+        yield from tfds_source.records(rest, split, data_config.cache_dir, fields)
+        return
+    is_eval = _is_eval_split(data_config, split)
+    lines = _jsonl_lines(Source(kind, rest))
+    for index, (place, line) in enumerate(lines):
+        if _is_held_out(index, data_config.eval_fraction) == is_eval:
+            record = _jsonl_record(line, fields, place)
+            yield place, {field: record[field] for field in fields}
+
+
 def identity(data_config: config_lib.DataConfig, split: str) -> str:
     """Returns a string that changes when the documents of this split do; reads no documents.
 
@@ -81,7 +113,10 @@ def identity(data_config: config_lib.DataConfig, split: str) -> str:
     Raises:
       errors.UserError: a bad spec, an unknown split of files, or no files.
     """
-    source = parse(data_config.source)
+    kind, _, rest = data_config.source.partition(":")
+    # Examples have a source without a field.
+    is_of_examples = kind == "jsonl" and ":" not in rest
+    source = Source(kind, rest) if is_of_examples else parse(data_config.source)
     if source.kind == "tfds":
         is_ours = source.name == state_of_the_union.NAME
         version = state_of_the_union.VERSION if is_ours else ""
@@ -126,10 +161,13 @@ def hold_out(documents: Iterable[str], fraction: float, is_eval: bool) -> Iterat
                 yield part
         return
     for index, document in enumerate(itertools.chain(first, documents)):
-        # True of index 0 and then whenever the count of held out documents falls behind.
-        is_held_out = int(index * fraction) != int((index - 1) * fraction) or index == 0
-        if is_held_out == is_eval:
+        if _is_held_out(index, fraction) == is_eval:
             yield document
+
+
+def _is_held_out(index: int, fraction: float) -> bool:
+    # True of index 0 and then whenever the count of held out documents falls behind.
+    return int(index * fraction) != int((index - 1) * fraction) or index == 0
 
 
 def _tail_start(document: str, fraction: float) -> int:
@@ -177,40 +215,51 @@ def _text_documents(source: Source) -> Iterator[str]:
         raise errors.UserError(f"data.source: all files of text:{source.name} are empty")
 
 
-def _jsonl_documents(source: Source) -> Iterator[str]:
-    is_empty = True
+def _jsonl_lines(source: Source) -> Iterator[tuple[str, bytes]]:
+    """Yields the lines of all files that are not blank, and where each is."""
     for path in files(source):
         opener = gzip.open if path.suffix == ".gz" else open
         try:
             with opener(path, "rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        text = _jsonl_document(line, source.field, f"{path}:{number}")
-                        is_empty = is_empty and not text
-                        yield text
+                        yield f"{path}:{number}", line
         except (OSError, EOFError) as error:  # gzip reports damage as either
             raise errors.UserError(f"data.source: cannot read {path}: {error}") from error
+
+
+def _jsonl_documents(source: Source) -> Iterator[str]:
+    is_empty = True
+    for place, line in _jsonl_lines(source):
+        text = _jsonl_record(line, [source.field], place)[source.field]
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise errors.UserError(f"{place}: field {source.field!r} is a {kind}, not a string")
+        is_empty = is_empty and not text
+        yield text
     if is_empty:
         raise errors.UserError(f"data.source: all documents of jsonl:{source.name} are empty")
 
 
-def _jsonl_document(line: bytes, field: str, place: str) -> str:
+def _jsonl_record(line: bytes, fields: Sequence[str], place: str) -> dict[str, Any]:
+    """Returns the object of a line, which has the fields."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise errors.UserError(f"{place} is not UTF-8: {error.reason}") from error
     except ValueError as error:
-        raise errors.UserError(f"{place} is not JSON: {error}; field {field!r}") from error
+        raise errors.UserError(
+            f"{place} is not JSON: {error}; field {', '.join(map(repr, fields))}"
+        ) from error
     if not isinstance(record, dict):
         raise errors.UserError(
-            f"{place} is a {type(record).__name__}, not an object with the field {field!r}"
+            f"{place} is a {type(record).__name__}, not an object with the field"
+            f" {', '.join(map(repr, fields))}"
         )
-    if field not in record:
-        hint = errors.nearest(field, record)
-        raise errors.UserError(
-            f"{place} has no field {field!r}: its fields are {', '.join(record)}{hint}"
-        )
-    text = record[field]
-    if not isinstance(text, str):
-        raise errors.UserError(f"{place}: field {field!r} is a {type(text).__name__}, not a string")
-    return text
+    for field in fields:
+        if field not in record:
+            hint = errors.nearest(field, record)
+            raise errors.UserError(
+                f"{place} has no field {field!r}: its fields are {', '.join(record)}{hint}"
+            )
+    return record

@@ -1,10 +1,14 @@
 """Documents of a TFDS dataset. Importing this imports TensorFlow."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence
 import logging
 import os
 import pathlib
 import re
+from typing import Any
+
+import numpy as np
 
 from llm_jax import errors
 from llm_jax.data import file_lock
@@ -56,6 +60,63 @@ def documents(name: str, split: str, cache_dir: str) -> Iterator[str]:
             raise errors.UserError(
                 f"tfds:{name}, split {split!r}, example {index}: {feature!r} is not UTF-8: {error}"
             ) from error
+
+
+def records(
+    name: str, split: str, cache_dir: str, fields: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the examples of a split: where each is, and its fields, as JSON has values.
+
+    Args as of `documents`, and the features that are wanted; raises as it does, and for a feature that
+    the dataset does not have.
+    """
+    builder = prepared(name, cache_dir)
+    _check_split(builder, split)
+    _check_features(builder, fields)
+    dataset = builder.as_dataset(
+        split=split,
+        shuffle_files=False,
+        read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+    )
+    for index, example in enumerate(dataset.as_numpy_iterator()):
+        place = f"tfds:{name}, split {split!r}, example {index}"
+        try:
+            yield place, {field: _as_json(example[field]) for field in fields}
+        except UnicodeDecodeError as error:
+            raise errors.UserError(f"{place} is not UTF-8: {error}") from error
+
+
+def label_names(name: str, cache_dir: str, field: str) -> list[str] | None:
+    """Returns the names of a feature's classes, of one or of a sequence; None if it is of no class."""
+    builder = prepared(name, cache_dir)
+    _check_features(builder, [field])
+    feature = builder.info.features[field]
+    while isinstance(feature, tfds.features.Sequence):
+        feature = feature.feature
+    return list(feature.names) if isinstance(feature, tfds.features.ClassLabel) else None
+
+
+def _check_features(builder: tfds.core.DatasetBuilder, fields: Sequence[str]) -> None:
+    features = builder.info.features
+    known = list(features.keys()) if isinstance(features, tfds.features.FeaturesDict) else []
+    for field in fields:
+        if field not in known:
+            hint = errors.nearest(field, known)
+            raise errors.UserError(
+                f"tfds:{builder.info.full_name} has no feature {field!r}: its features are"
+                f" {', '.join(known) or 'not named'}{hint}"
+            )
+
+
+def _as_json(value: Any) -> Any:
+    """Returns a value of `as_numpy_iterator` as JSON would have it."""
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_as_json(part) for part in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def prepared(name: str, cache_dir: str) -> tfds.core.DatasetBuilder:

@@ -396,3 +396,23 @@ def test_words_of_wordpiece(tmp_path):
     ids = one.encode("unions,states xyz")
     assert ids.tolist() == [5, 6, 7, 9, 8, 7, 1]
     assert one.word_starts(ids).tolist() == [True, False, False, True, True, False, True]
+
+
+@hypothesis.given(text=TEXT)
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_places_of_tokens_cover_the_text(any_tokenizer, text):
+    ids, places = any_tokenizer.encode_with_places(text)
+    np.testing.assert_array_equal(ids, any_tokenizer.encode(text))
+    assert places.shape == (len(ids), 2)
+    assert np.all(places[:, 0] <= places[:, 1]) and np.all(np.diff(places[:, 0]) >= 0)
+    covered = {i for start, end in places.tolist() for i in range(start, end)}
+    assert covered <= set(range(len(text)))
+    assert all(char.isspace() for i, char in enumerate(text) if i not in covered)
+
+
+def test_places_are_characters_not_bytes(any_tokenizer):
+    text = "naïve 🦙 ab é"
+    ids, places = any_tokenizer.encode_with_places(text)
+    assert places[-1].tolist()[1] == len(text)
+    (of_a,) = {int(i) for i in np.flatnonzero((places[:, 0] <= 8) & (places[:, 1] > 8))}
+    assert "a" in any_tokenizer.decode(ids[of_a : of_a + 1])

@@ -8,16 +8,24 @@ randomness follows from (`draws`). So a batch is a function of (seed, step), wha
 
     causal, prefix, mlm, span_corruption, ul2     of text
     seq2seq, sequence, token_labels, span         of examples
-    draws, packing of rows: rows; spans           what they share
+    draws, rows, spans, examples, plan            what they share
 """
 
+from collections.abc import Callable
+
 from llm_jax import config as config_lib
+from llm_jax.data import example_cache
+from llm_jax.data import token_cache
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.objectives import causal
 from llm_jax.data.objectives import mlm
 from llm_jax.data.objectives import prefix
+from llm_jax.data.objectives import seq2seq
+from llm_jax.data.objectives import sequence
+from llm_jax.data.objectives import span
 from llm_jax.data.objectives import span_corruption
 from llm_jax.data.objectives import stage
+from llm_jax.data.objectives import token_labels
 from llm_jax.data.objectives import ul2
 from llm_jax.data.objectives.draws import EVALUATION
 from llm_jax.data.objectives.draws import Draws
@@ -26,17 +34,35 @@ __all__ = ["EVALUATION", "Draws", "Stage", "extended", "make"]
 
 Stage = stage.Stage
 
-_OF_TEXT = {
+_STAGES: dict[str, Callable[..., Stage]] = {
     "causal": lambda config, cache, _: causal.Causal(config, cache),
     "prefix": lambda config, cache, _: prefix.Prefix(config, cache),
     "mlm": mlm.MaskedLM,
     "span_corruption": span_corruption.SpanCorruption,
     "ul2": ul2.MixtureOfDenoisers,
+    "seq2seq": seq2seq.Seq2Seq,
+    "sequence": sequence.Sequence,
+    "token": token_labels.TokenLabels,
+    "span": span.Span,
 }
 
 
-def make(config, cache, tokenizer) -> Stage:
-    return _OF_TEXT[config.objective.name](config, cache, tokenizer)
+def make(
+    config: config_lib.RunConfig,
+    cache: token_cache.TokenCache | example_cache.ExampleCache,
+    tokenizer: tokenizer_lib.Tokenizer,
+) -> Stage:
+    """Returns the stage of a config on a split.
+
+    Args:
+      config: checked, by `config.check_objective` too.
+      cache: of text or of examples, as the objective is of.
+      tokenizer: as `extended` makes it.
+
+    Raises:
+      errors.UserError: rows, special tokens or examples that do not fit each other.
+    """
+    return _STAGES[config.objective.name](config, cache, tokenizer)
 
 
 def extended(

@@ -33,6 +33,7 @@ class MaskedLM(stage.TextStage):
         super().__init__(config, cache)
         self._rate = config.objective.mask_rate
         self._is_by_word = config.objective.use_whole_words
+        self._has_types = config.model.num_token_types > 0
         self._tokenizer = tokenizer
         self._ordinary_ids = np.flatnonzero(~tokenizer.is_special_V).astype(np.int32)
         self._length -= 1  # for cls
@@ -63,6 +64,7 @@ class MaskedLM(stage.TextStage):
             is_chosen.astype(np.float32),
             text.segments,
             text.positions,
+            np.zeros_like(targets) if self._has_types else None,
         )
 
     def _with_cls(self, text: packing.Text) -> packing.Text:
