@@ -104,7 +104,7 @@ class HeadNorm(nnx.Module):
         }
         self.dims = "C" if config.qk_norm == "head" else f"{dims_of_heads}C"
         shape = tuple(sizes[letter] for letter in self.dims)
-        name = f"scale_{self.dims}"
+        name = f"scale_{self.dims}"  # which says how it is sharded
         setattr(self, name, full_param(name, shape, start, rules, dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
