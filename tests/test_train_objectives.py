@@ -95,7 +95,8 @@ def test_a_checkpoint_names_its_classes(tmp_path):
     train.train(config, workdir)
     labels = checkpoint.read_latest(workdir, None, lambda step_dir, meta: meta.labels)
     assert labels == ["bad", "good"]
-    from llm_jax.checkpoint import inspection, tables
+    from llm_jax.checkpoint import inspection
+    from llm_jax.checkpoint import tables
 
     found = inspection.inspect(workdir)
     assert "labels      bad, good" in tables.text(found)

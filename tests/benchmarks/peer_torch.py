@@ -22,6 +22,8 @@ TRAINED = {
     "train_gpt2": (12, 12, 768, 256, 50304, True, 4, 4),
 }
 SAMPLED = {"sample_1": 1, "sample_16": 16}
+# rows, tokens of a row, tokens of a decoder's row
+TUNED = {"tune_bert": (8, 128, 0), "train_t5": (4, 128, 32)}
 
 
 class Block(nn.Module):
@@ -86,6 +88,33 @@ def _trainer(case: str, is_bfloat16: bool):
     return repeat, batch * context, repeats
 
 
+def _tuner(case: str, is_bfloat16: bool):
+    """BERT-base on labels, or T5-base on text, as Hugging Face's models train by default."""
+    import transformers
+
+    rows, length, target_length = TUNED[case]
+    if case == "tune_bert":
+        model = transformers.BertForSequenceClassification(transformers.BertConfig()).train()
+        labels = torch.randint(0, 2, (rows,))
+    else:
+        shape = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+        config = transformers.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
+        model = transformers.T5ForConditionalGeneration(config).train()
+        labels = torch.randint(0, config.vocab_size, (rows, target_length))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    tokens = torch.randint(0, 30_000, (rows, length))
+
+    def repeat() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_bfloat16):
+            loss = model(tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return repeat, rows * (length + target_length), 4
+
+
 def _sampler(case: str, is_bfloat16: bool):
     import transformers
 
@@ -110,7 +139,7 @@ def _sampler(case: str, is_bfloat16: bool):
 
 def main() -> None:
     case, dtype = sys.argv[1:]
-    make = _trainer if case in TRAINED else _sampler
+    make = _trainer if case in TRAINED else _tuner if case in TUNED else _sampler
     repeat, num_tokens, repeats = make(case, dtype == "bfloat16")
     repeat()
     wall, cpu = [], []
@@ -120,6 +149,7 @@ def main() -> None:
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - worked)
     name = "nanoGPT in PyTorch" if case in TRAINED else "Hugging Face generate"
+    name = "Hugging Face" if case in TUNED else name
     what = f"{name} {dtype}, torch {torch.__version__}"
     row = {"program": what, "tokens": num_tokens, "wall": wall, "cpu": cpu, "cores": os.cpu_count()}
     print(json.dumps(row))

@@ -3,7 +3,6 @@
 python tests/benchmarks/worker.py --case=train_char
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -22,14 +21,16 @@ from absl import flags  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from configs import bert_base  # noqa: E402
 from configs import char  # noqa: E402
 from configs import gpt2_124m  # noqa: E402
+from configs import t5_base  # noqa: E402
 from llm_jax import config as config_lib  # noqa: E402
 from llm_jax import mesh as mesh_lib  # noqa: E402
 from llm_jax import sharding  # noqa: E402
 from llm_jax import train_step  # noqa: E402
+from llm_jax.aot import steps  # noqa: E402
 from llm_jax.data import batch as batch_lib  # noqa: E402
-from llm_jax.data import placement  # noqa: E402
 from llm_jax.models import build  # noqa: E402
 from llm_jax.sampling import decode  # noqa: E402
 from llm_jax.sampling import samplers  # noqa: E402
@@ -39,6 +40,8 @@ _PROMPT, _NEW = 16, 128  # tokens
 CASES = {
     "train_char": {"batch_size": 12, "sequence_length": 64, "repeats": 60},
     "train_gpt2": {"batch_size": 4, "sequence_length": 256, "repeats": 4},
+    "tune_bert": {"batch_size": 8, "sequence_length": 128, "repeats": 4},
+    "train_t5": {"batch_size": 4, "sequence_length": 128, "target_length": 32, "repeats": 4},
     "sample_1": {"batch_size": 1, "repeats": 2},
     "sample_16": {"batch_size": 16, "repeats": 2},
 }
@@ -47,17 +50,21 @@ _CASE = flags.DEFINE_enum("case", None, list(CASES), "What to measure.", require
 
 
 def _config(case: str) -> config_lib.RunConfig:
-    raw = char.get_config() if case == "train_char" else gpt2_124m.get_config()
-    config = config_lib.from_config_dict(raw)
-    sizes = CASES[case]
-    if not case.startswith("train"):
-        return config
-    data = dataclasses.replace(
-        config.data, batch_size=sizes["batch_size"], sequence_length=sizes["sequence_length"]
-    )
-    optim = dataclasses.replace(config.optim, accumulation_steps=1)
-    model = dataclasses.replace(config.model, remat="none")
-    return dataclasses.replace(config, data=data, optim=optim, model=model)
+    configs = {"train_char": char, "tune_bert": bert_base, "train_t5": t5_base}
+    raw = configs.get(case, gpt2_124m).get_config()
+    raw.model.update(remat="none", dtype="auto", scan_layers=None)
+    if case == "tune_bert":
+        raw.model.update(head="sequence", use_pooler=True, vocab_size=30_522)
+        raw.objective.name = "sequence"
+    if case == "train_t5":
+        raw.optim.update(name="adamw", schedule="constant")  # as the peer
+    sizes = dict(CASES[case])
+    if "sequence_length" in sizes:
+        raw.data.update(batch_size=sizes["batch_size"], sequence_length=sizes["sequence_length"])
+        raw.optim.accumulation_steps = 1
+    if "target_length" in sizes:
+        raw.objective.target_length = sizes["target_length"]
+    return config_lib.from_config_dict(raw)
 
 
 def measure(repeat, num_repeats: int) -> tuple[list[float], list[float]]:
@@ -73,19 +80,30 @@ def measure(repeat, num_repeats: int) -> tuple[list[float], list[float]]:
     return wall, cpu
 
 
+def _random_batch(config: config_lib.RunConfig, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
+    """Returns a batch of the config on the mesh: random ids and labels, each row one text."""
+    rng = np.random.default_rng(0)
+
+    def values(name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
+        kind = name.removeprefix("encoder_")
+        if kind == "positions":
+            value = np.tile(np.arange(like.shape[1]), (like.shape[0], 1))
+        elif kind in ("segments", "weights"):
+            value = np.ones(like.shape)
+        else:
+            is_text = kind == "tokens" or config.model.head == "lm"
+            high = config.model.vocab_size if is_text else 2  # labels, types of tokens
+            value = rng.integers(0, high, like.shape)
+        return jax.device_put(value.astype(like.dtype), like.sharding)
+
+    shapes = steps.abstract_batch(config, mesh)._asdict()
+    fields = {name: values(name, like) for name, like in shapes.items() if like is not None}
+    return batch_lib.Batch(**fields)
+
+
 def _trainer(config: config_lib.RunConfig, mesh: jax.sharding.Mesh):
     rules = sharding.axis_rules(config.mesh)
-    shape = (config.data.batch_size, config.data.sequence_length)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1))
-    host_batch = batch_lib.empty(*shape, 0)._replace(
-        tokens=tokens[:, :-1].astype(np.int32),
-        targets=tokens[:, 1:].astype(np.int32),
-        weights=np.ones(shape, np.float32),
-        segments=np.ones(shape, np.int32),
-        positions=np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
-    )
-    target = jax.sharding.NamedSharding(mesh, rules.act("BT"))
-    batch = placement.to_mesh(host_batch, target, shape[0], np.arange(shape[0]))
+    batch = _random_batch(config, mesh)
     step = train_step.make_train_step(config)
     state = jax.jit(lambda: train_step.init_state(config, rules))()
 
@@ -94,7 +112,7 @@ def _trainer(config: config_lib.RunConfig, mesh: jax.sharding.Mesh):
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
 
-    return repeat, shape[0] * shape[1]
+    return repeat, config.tokens_per_step
 
 
 def _sampler(config: config_lib.RunConfig, batch_size: int):
@@ -121,7 +139,7 @@ def main(argv: list[str]) -> None:
     config = _config(case)
     mesh = mesh_lib.make(config.mesh)
     with jax.set_mesh(mesh):
-        if case.startswith("train"):
+        if not case.startswith("sample"):
             repeat, num_tokens = _trainer(config, mesh)
         else:
             repeat, num_tokens = _sampler(config, CASES[case]["batch_size"])
