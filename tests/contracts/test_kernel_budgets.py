@@ -7,7 +7,7 @@ from llm_jax.aot import topology
 from llm_jax.kernels.costing import budgets
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not topology.is_available(), reason="libtpu is optional")
 def test_kernels_keep_to_their_budgets():
     known = budgets.load()
