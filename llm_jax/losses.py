@@ -51,7 +51,9 @@ def label_terms(
         return jnp.square(logits[:, 0] - targets)
     if head == "span":
         is_text_BT1 = (segments_BT > 0)[..., None]
-        logits_BT2 = jnp.where(is_text_BT1, logits, jnp.finfo(logits.dtype).min)
+        # Far below any logit, and small enough that a row without text has a finite loss, as its
+        # weight of 0 must have something to multiply.
+        logits_BT2 = jnp.where(is_text_BT1, logits, -1e30)
         log_z_B2 = jax.nn.logsumexp(logits_BT2, axis=1)
         is_target_BT2 = jnp.arange(logits.shape[1])[None, :, None] == targets[:, None, :]
         return jnp.mean(log_z_B2 - jnp.sum(jnp.where(is_target_BT2, logits, 0.0), axis=1), axis=-1)

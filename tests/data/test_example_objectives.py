@@ -59,7 +59,7 @@ def _stage(cache, objective, architecture, *, length=32, target_length=16, **cha
     )
     config_lib.check(config)
     config_lib.check_objective(config)
-    tokenizer = objectives.extended(config, tokenizer_lib.load("bytes"))
+    tokenizer = objectives.extended(config, tokenizer_lib.load("bytes").extended(["<cls>"]))
     return objectives.make(config, cache, tokenizer)
 
 
@@ -107,7 +107,8 @@ def test_long_examples_are_counted_and_refused(caplog):
         stage = _stage(cache, "seq2seq", "encoder_decoder")
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("2 of the 4 examples in split 'train' of test are longer than data.seq")
-    assert stage.num_items
+    batch = _batch(stage)
+    assert batch.weights.sum() == 3 + 3 + 15 + 15 + 4 and batch.encoder_tokens.shape[1] == 32
     with pytest.raises(errors.UserError, match="2 of the 4 .* first of them is number 2: raise"):
         _stage(cache, "seq2seq", "encoder_decoder", too_long="refuse")
     caplog.clear()

@@ -314,6 +314,10 @@ def test_examples_of_tfds(tmp_path_factory):
     names = [_text(prepared.eval.inputs[0], i) for i in range(prepared.eval.num_examples)]
     parties = [prepared.labels[i] for i in prepared.eval.target.values]
     assert ("William J Clinton", "Democratic") in set(zip(names, parties, strict=True)), names
+    # Labels are those of the training split, so evaluation follows from it, too.
+    less = dataclasses.replace(data, train_split="train[50%:]")
+    other = prepare.prepare(dataclasses.replace(config, data=less))
+    assert other.labels != prepared.labels and other.eval.path != prepared.eval.path
     wrong = dataclasses.replace(config, data=dataclasses.replace(data, target_field="partie"))
     with pytest.raises(errors.UserError, match="no feature 'partie'.*did you mean 'party'"):
         prepare.prepare(wrong)

@@ -1,7 +1,7 @@
 """What objectives of examples share: how texts become inputs, what is cut off, which row has what.
 
 An encoder reads [cls] text [sep], or [cls] text [sep] text [sep], where the second text and its sep have
-token type 1. Other models have their eos in place of sep, and no cls. An example that is too long
+token type 1. Other models have their eos in place of sep, and their bos, if any, in place of cls. An example that is too long
 loses tokens from the end of its longer text, until they are equal and then of both.
 """
 
@@ -48,9 +48,10 @@ class ExampleStage(stage.Stage):
         self._config, self._cache = config, cache
         self._length = config.data.sequence_length
         self.name = f"split {cache.manifest.split!r} of {cache.manifest.source}"
-        is_encoder = config.model.architecture == "encoder"
-        self._first = [tokenizer.cls_id] if is_encoder else []
-        self._sep = tokenizer.sep_id if is_encoder else cache.eos_id
+        self._is_encoder = config.model.architecture == "encoder"
+        first = tokenizer.cls_id if self._is_encoder else tokenizer.bos_id
+        self._first = [] if first is None else [first]
+        self._sep = tokenizer.sep_id if self._is_encoder else cache.eos_id
         self._num_special = len(self._first) + len(cache.inputs)
         self._full = [column.lengths for column in cache.inputs]
         self._kept = self._fitted()

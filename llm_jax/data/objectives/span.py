@@ -14,8 +14,7 @@ from llm_jax.data.objectives import rows as rows_lib
 class Span(examples_lib.ExampleStage):
     """Examples whose target is the first and the last token of the answer in the row, [B, 2].
 
-    Without an answer both are the row's cls (section 4.3), or its last token in a decoder, which has
-    none. The end of a context that is too long is cut off; what that takes an answer from has no weight.
+    Without an answer both are the row's cls (section 4.3), or its last token in a decoder. The end of a context that is too long is cut off; what that takes an answer from has no weight.
     """
 
     def __init__(
@@ -28,7 +27,7 @@ class Span(examples_lib.ExampleStage):
         answers = np.asarray(cache.target.values, np.int64).reshape(-1, 2)
         start = len(self._first) + self._kept[0] + 1
         last = start + self._kept[1]  # the sep behind the context
-        none = np.zeros_like(last) if self._first else last
+        none = np.zeros_like(last) if self._is_encoder else last
         has_answer = answers[:, 0] != columns.NO_LABEL
         self._targets = np.where(has_answer[:, None], start[:, None] + answers, none[:, None])
         self._is_whole = answers[:, 1] < self._kept[1]
