@@ -51,7 +51,9 @@ def abstract_batch(
         batch = batch._replace(**{name: array(jnp.int32, length) for name in names})
     if model.num_token_types:
         batch = batch._replace(token_types=array(jnp.int32, length))
-    if config.objective.name == "prefix":
+    is_given = config.objective.name in ("span_corruption", "ul2", "seq2seq")
+    has_prefix = is_given and config.objective.is_input_bidirectional
+    if model.architecture == "decoder" and (config.objective.name == "prefix" or has_prefix):
         batch = batch._replace(prefix=array(jnp.bool_, length))
     if model.head in ("sequence", "span"):
         is_regression = model.head == "sequence" and model.num_labels == 1

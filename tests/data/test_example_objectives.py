@@ -1,6 +1,7 @@
 """Objectives of examples: rows as defined, packing that loses nothing, truncation that is told."""
 
 import dataclasses
+import itertools
 import logging
 
 import hypothesis
@@ -10,12 +11,16 @@ import pytest
 
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax.aot import steps
+from llm_jax.config import schema
 from llm_jax.data import example_cache
 from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.objectives import examples as examples_lib
 from llm_jax.data.objectives import plan
+from tests import helpers
+from tests.data import streams
 
 EOS, CLS = 0, 256  # of the bytes tokenizer; its eos is its sep and its pad
 
@@ -316,3 +321,38 @@ def test_evaluation_is_every_example_once(num_items):
     targets = np.concatenate([batch.targets for batch in batches])
     assert weights.sum() == num_items and len(weights) % 4 == 0
     assert targets[weights > 0].tolist() == [i % 2 for i in range(num_items)]
+
+
+# --- what plans assume ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "architecture, objective",
+    [(one, name) for one, names in schema.OBJECTIVES_OF.items() for name in names],
+)
+def test_batches_have_the_shapes_that_plans_assume(architecture, objective):
+    mesh, _ = helpers.make_mesh()
+    for is_bidirectional, num_types in itertools.product((False, True), (0, 2)):
+        changes = {"is_input_bidirectional": is_bidirectional}
+        changes |= {"num_token_types": num_types} if architecture == "encoder" else {}
+        if objective in config_lib.TEXT_OBJECTIVES:
+            config = streams.run_config(
+                objective, architecture, is_input_bidirectional=is_bidirectional
+            )
+            model = dataclasses.replace(
+                config.model, num_token_types=changes.get("num_token_types", 0)
+            )
+            config = dataclasses.replace(config, model=model)
+            stage, _ = streams.make(config, streams.mixed())
+        else:
+            inputs = [[[1]], [[2]]] if objective == "span" else [[[1]]]
+            target = [[0, 0]] if objective == "span" else [[1]]
+            stage = _stage(_cache(inputs, target), objective, architecture, **changes)
+            config = stage._config
+        data = dataclasses.replace(config.data, batch_size=3)
+        expected = steps.abstract_batch(dataclasses.replace(config, data=data), mesh)
+        made = _batch(stage, [0, -1, -1])
+        for name, mine, theirs in zip(made._fields, made, expected, strict=True):
+            assert (mine is None) == (theirs is None), name
+            if mine is not None:
+                assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
