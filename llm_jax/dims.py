@@ -24,6 +24,8 @@ DIMS = {
     "Y": "labels",
     "J": "token types",
     "L": "layers",
+    "Q": "beams of a row",
+    "A": "candidates for the beams of a row",
     "N": "tokens (B * T)",
     "E": "experts",
     "X": "expert capacity",

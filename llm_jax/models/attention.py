@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
+from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.kernels.flash_attention import masks
@@ -75,8 +76,7 @@ class Attention(nnx.Module):
                 lengths_B=jnp.full(batch_size, context.slot + num_queries, jnp.int32),
                 starts_B=context.starts_B,
                 window=context.window,
-                # The layout says the rest: `decode_op.make_cache` chose it by the same setting.
-                implementation="pallas" if self.config.attention == "pallas" else "auto",
+                implementation=self._reader(cache),
                 **self._scores(context),
             )
         return self.out(y_BTKGC), cache
@@ -139,6 +139,11 @@ class Attention(nnx.Module):
             **how,
         )
 
+    def _reader(self, cache: decode_op.Cache) -> str:
+        """Returns what attends to a cache: the layout, which was chosen by the same setting, says the rest."""
+        is_kernels = not isinstance(cache, caches.SlotsLast)
+        return "pallas" if self.config.attention == "pallas" and is_kernels else "auto"
+
     def _scores(self, context: context_lib.Context) -> dict[str, Any]:
         return self._scale() | {"bias": context.bias}
 
@@ -153,14 +158,53 @@ class Attention(nnx.Module):
 class CrossAttention(Attention):
     """Attention of a decoder to what the encoder made of its text (Vaswani et al. 2017, section 3.2.3).
 
-    Neither positions nor biases: the mask alone says who sees whom.
+    Neither positions nor biases: the mask alone says who sees whom. In generation keys and values are
+    computed once and lie in a cache, of which each row's first tokens are seen by all queries.
     """
 
     def __call__(
-        self, x_BTD: jax.Array, context: context_lib.Context, key: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        context: context_lib.Context,
+        key: jax.Array | None = None,
+        cache: decode_op.Cache | None = None,
     ) -> jax.Array:
-        """Returns the attended [B, T, D]; `key` turns dropout on."""
+        """Returns the attended [B, T, D].
+
+        Args:
+          x_BTD: of the decoder.
+          context: with what the encoder made of its tokens, or the lengths of the rows of `cache`.
+          key: turns dropout on.
+          cache: what `remember` gave.
+        """
+        if cache is not None:
+            return self.out(self._attend_to(cache, self.queries(x_BTD), context.encoder_lengths_B))
         k_BSKC, v_BSKC = self.keys(context.encoder_BSD), self.values(context.encoder_BSD)
         q_BTKGC, k_BSKC, v_BSKC = self._laid_out(self.queries(x_BTD), k_BSKC, v_BSKC)
         y_BTKGC = self._attend(q_BTKGC, k_BSKC, v_BSKC, context.cross_mask, key, **self._scale())
         return self.out(y_BTKGC)
+
+    def remember(self, encoder_BSD: jax.Array, cache: decode_op.Cache) -> decode_op.Cache:
+        """Returns the cache with the keys and values of the encoder's final states in it."""
+        spec = self.rules.act("BSKC")
+        k_BSKC, v_BSKC = self.keys(encoder_BSD), self.values(encoder_BSD)
+        return cache.write(
+            jax.sharding.reshard(k_BSKC, spec), jax.sharding.reshard(v_BSKC, spec), 0
+        )
+
+    def _attend_to(
+        self, cache: decode_op.Cache, q_BTKGC: jax.Array, lengths_B: jax.Array
+    ) -> jax.Array:
+        """Attends to a cache, whose rows serve as many queries each."""
+        shape, spec = q_BTKGC.shape, self.rules.act("BTKGC")
+        num_rows = lengths_B.shape[0]
+        by_row = (num_rows, shape[0] // num_rows * shape[1], *shape[2:])
+        y_BTKGC = decode_op.attention(
+            jnp.reshape(q_BTKGC, by_row, out_sharding=spec),
+            cache,
+            lengths_B=lengths_B,
+            is_causal=False,
+            implementation=self._reader(cache),
+            **self._scale(),
+        )
+        return jnp.reshape(y_BTKGC, shape, out_sharding=spec)

@@ -32,6 +32,8 @@ class Context:
       places_T: of the tokens in their sequence, which dropout goes by; None where there is none.
       encoder_BSD: what cross-attention reads; None without.
       cross_mask: who of the decoder attends to whom of the encoder.
+      encoder_lengths_B: tokens of each row of a cache of the encoder's keys; rows of the decoder may
+        be several times as many, which take turns (beams of a row).
       window: slots that a query of a decoder sees; None: all before it.
     """
 
@@ -43,6 +45,7 @@ class Context:
     places_T: jax.Array | None = None
     encoder_BSD: jax.Array | None = None
     cross_mask: masks.Mask | pallas.Prepared | None = None
+    encoder_lengths_B: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 

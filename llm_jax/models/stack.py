@@ -80,7 +80,8 @@ class Block(nnx.Module):
         context: context_lib.Context,
         key: jax.Array | None = None,
         cache: decode_op.Cache | None = None,
-        is_normalised: jax.Array | None = None,
+        is_normalised: jax.Array | bool | None = None,
+        encoder_cache: decode_op.Cache | None = None,
     ) -> tuple[jax.Array, decode_op.Cache | None]:
         """Returns [B, T, D] and the layer's cache.
 
@@ -90,6 +91,7 @@ class Block(nnx.Module):
           key: turns dropout on.
           cache: keys and values of the tokens before.
           is_normalised: whether `x_BTD` enters attention as it is; None: it does not.
+          encoder_cache: keys and values of an encoder's tokens; None: of `context.encoder_BSD`.
         """
         keys = (None,) * 2 if key is None else jax.random.split(key)
         more = [None if key is None else jax.random.fold_in(key, i) for i in range(3)]
@@ -102,10 +104,12 @@ class Block(nnx.Module):
         norms = (self.attention_norm, self.attention_output_norm)
         x_BTD = self._add(x_BTD, attend, *norms, keys[0], context, is_normalised)
         if self.cross_attention is not None:
+
+            def attend_to_encoder(h_BTD):
+                return self.cross_attention(h_BTD, context, more[1], encoder_cache)
+
             norms = (self.cross_norm, self.cross_output_norm)
-            x_BTD = self._add(
-                x_BTD, lambda h: self.cross_attention(h, context, more[1]), *norms, more[2], context
-            )
+            x_BTD = self._add(x_BTD, attend_to_encoder, *norms, more[2], context)
         norms = (self.mlp_norm, self.mlp_output_norm)
         return self._add(x_BTD, self.mlp, *norms, keys[1], context), cache
 
@@ -117,7 +121,7 @@ class Block(nnx.Module):
         output_norm: layers.Norm | None,
         key: jax.Array | None,
         context: context_lib.Context,
-        is_normalised: jax.Array | None = None,
+        is_normalised: jax.Array | bool | None = None,
     ) -> jax.Array:
         """Returns the sum of `x_BTD` and what a branch makes of it, with the norms of this placement."""
         h_BTD = x_BTD
@@ -220,11 +224,26 @@ def run_cached(
     x_BTD: jax.Array,
     contexts: tuple[context_lib.Context, ...],
     cache: Cache,
+    encoder_cache: Cache | None = None,
+    is_entry_normalised: bool = False,
 ) -> tuple[jax.Array, Cache]:
-    """Runs unstacked blocks with a cache each; returns [B, T, D] and the new caches."""
+    """Runs unstacked blocks with a cache each; returns [B, T, D] and the new caches.
+
+    Args:
+      blocks, x_BTD, contexts: as of `Stack`.
+      cache: keys and values of the tokens before.
+      encoder_cache: of the encoder's tokens, where the blocks attend to them.
+      is_entry_normalised: as of the config.
+    """
     new_cache = []
-    for index, (block, layer_cache) in enumerate(zip(blocks, cache, strict=True)):
-        context = contexts[index % len(contexts)]
-        x_BTD, layer_cache = block(x_BTD, context, cache=layer_cache)
-        new_cache.append(layer_cache)
+    of_encoder = [None] * len(blocks) if encoder_cache is None else encoder_cache
+    for index, (block, own, other) in enumerate(zip(blocks, cache, of_encoder, strict=True)):
+        x_BTD, own = block(
+            x_BTD,
+            contexts[index % len(contexts)],
+            cache=own,
+            is_normalised=True if is_entry_normalised and index == 0 else None,
+            encoder_cache=other,
+        )
+        new_cache.append(own)
     return x_BTD, new_cache

@@ -2,14 +2,17 @@
 
     python -m llm_jax.sampling --workdir=runs/tiny --prompt="My fellow citizens" --top_p=0.9
     python -m llm_jax.sampling --workdir=runs/tiny --prompts=prompts.txt --output=samples.jsonl
+    python -m llm_jax.sampling --workdir=runs/t5 --prompts=sources.txt --num_beams=4 --length_penalty=0.6
 
-A prompt file holds a prompt a line, or, named .jsonl, rows with `prompt` and optionally `seed`.
+A prompt file holds a prompt a line, or, named .jsonl, rows with `prompt` and optionally `seed`. An
+encoder reads the prompts of an encoder-decoder, and what the decoder writes is the completion.
 """
 
 import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -17,13 +20,14 @@ from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import distributed
 from llm_jax import errors
+from llm_jax.sampling import beams
 from llm_jax.sampling import generate
 from llm_jax.sampling import load
 from llm_jax.sampling import samplers
 
 
 def define_flags() -> None:
-    """Defines the flags; their defaults are those of `samplers.SamplingParams`."""
+    """Defines the flags; defaults are those of `samplers.SamplingParams` and `beams.BeamParams`."""
     command.define_processes()
     command.define_workdir("Folder of the run whose checkpoint is loaded.")
     flags.DEFINE_string("step", None, "Checkpoint: its step, or `best`; the latest if not given.")
@@ -36,20 +40,45 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("stop", [], "A completion ends before this text; may be repeated.")
     flags.DEFINE_integer("batch_size", 16, "Completions generated side by side.")
     flags.DEFINE_integer("tensor", 1, "Devices that share one copy of the weights.")
-    for field in dataclasses.fields(samplers.SamplingParams):
-        define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
-        define(field.name, field.default, f"See {samplers.__name__}.SamplingParams.")
+    for params in (samplers.SamplingParams, beams.BeamParams):
+        for field in dataclasses.fields(params):
+            text = f"See {params.__module__}.{params.__name__}."
+            if field.type in (int, float):
+                define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
+                define(field.name, field.default, text)
+            else:
+                parser = _TrueFalseNever()
+                flags.DEFINE_flag(
+                    flags.Flag(parser, None, field.name, field.default, text, boolean=True)
+                )
+
+
+class _TrueFalseNever(flags.ArgumentParser):
+    """Reads `--flag`, `--flag=true`, `--flag=false` and `--flag=never`."""
+
+    _VALUES = {"true": True, "false": False, "never": "never"}
+
+    def parse(self, argument: str | bool) -> bool | str:
+        if isinstance(argument, bool):
+            return argument
+        if argument not in self._VALUES:
+            raise ValueError(f"use {', '.join(self._VALUES)}")
+        return self._VALUES[argument]
+
+
+def _params(params: type) -> Any:
+    given = flags.FLAGS
+    return params(**{f.name: getattr(given, f.name) for f in dataclasses.fields(params)})
 
 
 def main() -> None:
     given = flags.FLAGS
     prompts = _prompts(given.prompt, given.prompts, given.seed)
-    params = samplers.SamplingParams(
-        **{f.name: getattr(given, f.name) for f in dataclasses.fields(samplers.SamplingParams)}
-    )
+    params, search = _params(samplers.SamplingParams), _params(beams.BeamParams)
     loaded = load.load(command.required("workdir"), checkpoint.parse_step(given.step), given.tensor)
     is_main = distributed.is_main()
-    is_streaming = is_main and given.output is None and len(prompts) * given.num_samples == 1
+    is_single = len(prompts) * given.num_samples == 1
+    is_streaming = is_main and given.output is None and is_single and search.num_beams == 1
     completions = generate.generate(
         loaded,
         prompts,
@@ -59,6 +88,7 @@ def main() -> None:
         stops=given.stop,
         batch_size=given.batch_size,
         on_text=_print_now if is_streaming else None,
+        beams=search,
     )
     if not is_main:
         for _ in completions:  # text is made as it is read, by all processes together
@@ -67,14 +97,16 @@ def main() -> None:
     if given.output is not None:
         _write(pathlib.Path(given.output), completions, loaded.step)
         return
-    if is_streaming:
+    if is_streaming and not loaded.is_encoder_decoder:
         _print_now(prompts[0].text)
     for completion in completions:
         if is_streaming:
             print()
         else:
-            print(f"--- {completion.prompt!r}, sample {completion.sample}")
-            print(completion.prompt + completion.completion)
+            score = "" if completion.score is None else f", score {completion.score:.4f}"
+            print(f"--- {completion.prompt!r}, sample {completion.sample}{score}")
+            text = "" if loaded.is_encoder_decoder else completion.prompt
+            print(text + completion.completion)
 
 
 def _print_now(text: str) -> None:
@@ -89,6 +121,7 @@ def _write(path: pathlib.Path, completions, step: int) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         for completion in completions:
             row = {"step": step} | dataclasses.asdict(completion)
+            row = {name: value for name, value in row.items() if value is not None}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             count += 1

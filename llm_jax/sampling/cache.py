@@ -1,21 +1,53 @@
 """The memory of a generation: keys and values by slot, and where each row begins."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
+from llm_jax.kernels import placement
 from llm_jax.kernels.decode_attention import op as decode_op
+from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.models import stack
 
+_BIASES = {"alibi": biases.Alibi, "relative": biases.Relative}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What a decoder reads of the encoder: the same for every token, so it is computed once.
+
+    Attributes:
+      cache: keys and values of the encoder's final states, of each layer of the decoder.
+      lengths_B: int32, the encoder's tokens of each row, which fill its first slots.
+    """
+
+    cache: stack.Cache
+    lengths_B: jax.Array
+
 
 def make_cache(
-    config: config_lib.ModelConfig, rules: sharding.AxisRules, batch_size: int, num_slots: int
+    config: config_lib.ModelConfig,
+    rules: sharding.AxisRules,
+    batch_size: int,
+    num_slots: int,
+    *,
+    is_of_encoder: bool = False,
 ) -> stack.Cache:
-    """Returns an empty cache of at least `num_slots` slots a layer, in the compute dtype.
+    """Returns an empty cache of at least `num_slots` slots for each layer of a decoder.
 
-    Its layout is what the devices of the mesh that is set read best, see `decode_op.make_cache`.
+    It is of the compute dtype. Its layout is what the devices of the mesh that is set read best, see
+    `decode_op.make_cache`.
+
+    Args:
+      config, rules: of the model.
+      batch_size, num_slots: rows, and tokens that each has room for.
+      is_of_encoder: for the keys of an encoder's tokens, whose distance nothing goes by.
     """
     row_axes, head_axes = rules.act("BK")
     how = {
@@ -24,10 +56,12 @@ def make_cache(
         "dtype": config.dtype,
         "row_axes": row_axes,
         "head_axes": head_axes,
+        "bias": None if is_of_encoder else _BIASES.get(config.positions),
         "implementation": config.attention,
     }
     return [
-        decode_op.make_cache(batch_size, config.kv_heads, **how) for _ in range(config.num_layers)
+        decode_op.make_cache(batch_size, config.kv_heads, **how)
+        for _ in range(config.decoder_layers)
     ]
 
 
@@ -45,3 +79,59 @@ def positions(starts_B: jax.Array, num_tokens: int, slot: jax.Array | int) -> ja
     """Returns the positions [B, T] in their rows' texts of tokens at slots from `slot` on."""
     slots_T = slot + jnp.arange(num_tokens)
     return jnp.maximum(slots_T[None, :] - starts_B[:, None], 0)
+
+
+# --- beams: several rows of one prompt --------------------------------------------------------------
+
+
+def repeated(x: Any, num_beams: int) -> Any:
+    """Returns arrays, [B, ...], with each row as many times: [B * Q, ...]."""
+
+    def repeat(array):
+        shape = (array.shape[0], num_beams, *array.shape[1:])
+        spread = jnp.broadcast_to(array[:, None], shape)
+        return spread.reshape(-1, *array.shape[1:])
+
+    return jax.tree.map(repeat, x)
+
+
+def block_size() -> int:
+    """Returns how many slots `reordered` moves at a time, of which a cache must have a multiple."""
+    return 32 if placement.device_kind() == "cpu" else 128  # a TPU cuts its lanes well there alone
+
+
+def reordered(
+    cache: stack.Cache, sources_BQ: jax.Array, first: jax.Array, end: jax.Array
+) -> stack.Cache:
+    """Returns the cache with other beams' keys and values in the slots of [first, end).
+
+    Whole blocks of slots are moved, in place, and no others are looked at: what lies before `first` should
+    be the same in all beams of a row, and what lies from `end` on is not of interest.
+
+    Args:
+      cache: of B * Q rows, a multiple of `block_size` slots.
+      sources_BQ: int32, which of its row's beams each becomes.
+      first, end: int32 scalars.
+    """
+    size = block_size()
+    num_blocks = -(-end // size)
+
+    def move(block: jax.Array, cache: stack.Cache) -> stack.Cache:
+        def moved(path, array):
+            # Arrays are named by their dimensions: one of them is slots.
+            axis = path[-1].name.rpartition("_")[2].index("S")
+            own = jax.lax.dynamic_slice_in_dim(array, block * size, size, axis)
+            return jax.lax.dynamic_update_slice_in_dim(
+                array, taken(own, sources_BQ), block * size, axis
+            )
+
+        return jax.tree_util.tree_map_with_path(moved, cache)
+
+    return jax.lax.fori_loop(first // size, num_blocks, move, cache)
+
+
+def taken(rows: jax.Array, sources_BQ: jax.Array) -> jax.Array:
+    """Returns rows [B * Q, ...] of which beam q of row b is what its beam `sources_BQ[b, q]` was."""
+    B, Q = sources_BQ.shape
+    by_row = rows.reshape(B, Q, *rows.shape[1:])
+    return jax.vmap(lambda beams, source: beams[source])(by_row, sources_BQ).reshape(rows.shape)

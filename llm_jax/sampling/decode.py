@@ -1,4 +1,4 @@
-"""Prefill and decode: two jitted programs around one donated cache."""
+"""Prefill and decode: two jitted programs around one donated cache; before them, the encoder if any."""
 
 import dataclasses
 import functools
@@ -10,7 +10,9 @@ from llm_jax import config as config_lib
 from llm_jax import dims
 from llm_jax import sharding
 from llm_jax.models import decoder
+from llm_jax.models import encoder_decoder
 from llm_jax.models import stack
+from llm_jax.models import trunk
 from llm_jax.sampling import cache as cache_lib
 from llm_jax.sampling import samplers
 
@@ -18,39 +20,76 @@ from llm_jax.sampling import samplers
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CachedModel:
-    """A decoder taken apart for generation: its blocks one by one, its matrices in compute dtype.
+    """A model taken apart for generation: its blocks one by one, its matrices in compute dtype.
 
     Attributes:
-      decoder: the model, of which embedding, final norm and head are used; its stack is empty.
-      blocks: the layers.
+      model: of which all is used but the stack of what generates; that one is empty.
+      blocks: the layers of what generates.
     """
 
-    decoder: decoder.Decoder
+    model: decoder.Decoder | encoder_decoder.EncoderDecoder
     blocks: list[stack.Block]
 
     @property
     def config(self) -> config_lib.ModelConfig:
-        return self.decoder.config
+        return self.model.config
 
     @property
     def rules(self) -> sharding.AxisRules:
-        return self.decoder.rules
+        return self.model.rules
+
+    @property
+    def trunk(self) -> trunk.Trunk:
+        """What generates: a decoder, or the one that follows an encoder."""
+        return trunk_of(self.model)
+
+
+def trunk_of(model: decoder.Decoder | encoder_decoder.EncoderDecoder) -> trunk.Trunk:
+    """Returns what generates of a model."""
+    return model.decoder if isinstance(model, encoder_decoder.EncoderDecoder) else model
 
 
 @jax.jit
-def prepare_model(model: decoder.Decoder) -> CachedModel:
+def prepare_model(model: decoder.Decoder | encoder_decoder.EncoderDecoder) -> CachedModel:
     """Returns the model as generation wants it: cast and taken apart once instead of every token."""
 
     def cast(path, leaf):
-        is_matrix = len(dims.of_path(path)) > 1
-        return leaf.astype(model.config.dtype) if is_matrix else leaf
-
-    def without_layers(path, leaf):
-        return leaf[:0] if ".stack." in jax.tree_util.keystr(path) else leaf
+        # What is computed with in float32 stays: vectors, norms of heads, biases by distance.
+        names = {getattr(entry, "name", None) for entry in path}
+        is_exact = len(dims.of_path(path)) < 2 or names & {"relative", "q_norm", "k_norm"}
+        return leaf if is_exact else leaf.astype(model.config.dtype)
 
     model = jax.tree_util.tree_map_with_path(cast, model)
-    blocks = model.stack.unstacked()
+    blocks = trunk_of(model).stack.unstacked()
+    prefix = ".decoder.stack." if isinstance(model, encoder_decoder.EncoderDecoder) else ".stack."
+
+    def without_layers(path, leaf):
+        return leaf[:0] if jax.tree_util.keystr(path).startswith(prefix) else leaf
+
     return CachedModel(jax.tree_util.tree_map_with_path(without_layers, model), blocks)
+
+
+@jax.jit
+def encode(model: CachedModel, tokens_BS: jax.Array, lengths_B: jax.Array) -> cache_lib.Encoded:
+    """Runs the encoder and what each layer of the decoder reads of it.
+
+    Args:
+      model: an encoder-decoder, from `prepare_model`.
+      tokens_BS: int32, padded on the right.
+      lengths_B: int32, of each row.
+    """
+    batch_size, length = tokens_BS.shape
+    places_BS = jnp.broadcast_to(jnp.arange(length), tokens_BS.shape)
+    is_text_BS = places_BS < lengths_B[:, None]
+    states_BSD = model.model.encode(
+        tokens_BS, jnp.where(is_text_BS, places_BS, 0), is_text_BS.astype(jnp.int32)
+    )
+    caches = cache_lib.make_cache(model.config, model.rules, batch_size, length, is_of_encoder=True)
+    filled = [
+        block.cross_attention.remember(states_BSD, cache)
+        for block, cache in zip(model.blocks, caches, strict=True)
+    ]
+    return cache_lib.Encoded(filled, lengths_B)
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +99,7 @@ class DecodeState:
 
     Attributes:
       cache: keys and values.
+      encoded: of an encoder; None without.
       last_B: the newest token of each row, not yet in the cache.
       slot: int32 scalar, where `last_B` goes.
       starts_B: first slot of each row's text.
@@ -70,6 +110,7 @@ class DecodeState:
     """
 
     cache: stack.Cache
+    encoded: cache_lib.Encoded | None
     last_B: jax.Array
     slot: jax.Array
     starts_B: jax.Array
@@ -79,25 +120,44 @@ class DecodeState:
     is_seen_BV: jax.Array | None
 
 
-def _next_logits(
+def next_logits(
     model: CachedModel,
     tokens_BT: jax.Array,
     starts_B: jax.Array,
     slot: jax.Array | int,
     cache: stack.Cache,
+    encoded: cache_lib.Encoded | None = None,
 ) -> tuple[jax.Array, stack.Cache]:
     """Runs tokens at slots from `slot` on; returns the logits after the last, [B, V] float32."""
     num_tokens = tokens_BT.shape[1]
     positions_BT = cache_lib.positions(starts_B, num_tokens, slot)
     is_prefill = isinstance(slot, int)
     within = cache_lib.prompt_mask(starts_B, num_tokens) if is_prefill else None
-    contexts = model.decoder.contexts(positions_BT, within, slot=slot, starts_B=starts_B)
-    x_BTD = model.decoder.embed(tokens_BT, positions_BT)
-    x_BTD, cache = stack.run_cached(model.blocks, x_BTD, contexts, cache)
-    logits_BTV = model.decoder.logits(x_BTD[:, -1:])
+    contexts = model.trunk.contexts(positions_BT, within, slot=slot, starts_B=starts_B)
+    if encoded is not None:
+        contexts = tuple(
+            dataclasses.replace(context, encoder_lengths_B=encoded.lengths_B)
+            for context in contexts
+        )
+    x_BTD, cache = stack.run_cached(
+        model.blocks,
+        model.model.embed(tokens_BT, positions_BT),
+        contexts,
+        cache,
+        None if encoded is None else encoded.cache,
+        model.config.is_entry_normalised,
+    )
+    logits_BTV = model.model.logits(x_BTD[:, -1:])
     # The vocabulary is gathered: choosing a token looks at all of it.
     spec = jax.sharding.PartitionSpec(model.rules.act("B")[0], None)
     return jax.sharding.reshard(logits_BTV[:, 0], spec), cache
+
+
+def seen(tokens_BT: jax.Array, starts_B: jax.Array, vocab_size: int) -> jax.Array:
+    """Returns which ids the rows' texts hold, bool [B, V]; what lies before `starts_B` is none of them."""
+    is_text_BT = jnp.arange(tokens_BT.shape[1])[None, :] >= starts_B[:, None]
+    ids_BT = jnp.where(is_text_BT, tokens_BT, -1)
+    return jax.vmap(lambda ids: jnp.any(ids[:, None] == jnp.arange(vocab_size), 0))(ids_BT)
 
 
 def _choose(
@@ -133,6 +193,7 @@ def prefill(
     tokens_BT: jax.Array,
     starts_B: jax.Array,
     keys_B: jax.Array,
+    encoded: cache_lib.Encoded | None = None,
     *,
     params: samplers.SamplingParams,
     eos_id: int,
@@ -147,23 +208,20 @@ def prefill(
       tokens_BT: int32 prompts, padded on the left so that all end at slot T - 1.
       starts_B: int32, where each row's text begins.
       keys_B: of each row.
+      encoded: from `encode`; prompts are what a decoder reads before it writes, its start at least.
       params, eos_id, pad_id: how to choose, and which token ends a row.
       num_slots: S of the cache, for prompts and what is generated.
       num_ids: ids that may be chosen, those below; None: all of the vocabulary.
     """
     batch_size, length = tokens_BT.shape
-    vocab_size = model.config.vocab_size
     cache = cache_lib.make_cache(model.config, model.rules, batch_size, num_slots)
-    logits_BV, cache = _next_logits(model, tokens_BT, starts_B, 0, cache)
+    logits_BV, cache = next_logits(model, tokens_BT, starts_B, 0, cache, encoded)
     is_seen_BV = None
     if params.repetition_penalty != 1.0:
-        is_text_BT = jnp.arange(length)[None, :] >= starts_B[:, None]
-        ids_BT = jnp.where(is_text_BT, tokens_BT, -1)
-        is_seen_BV = jax.vmap(lambda ids: jnp.any(ids[:, None] == jnp.arange(vocab_size), 0))(
-            ids_BT
-        )
+        is_seen_BV = seen(tokens_BT, starts_B, model.config.vocab_size)
     state = DecodeState(
         cache=cache,
+        encoded=encoded,
         last_B=tokens_BT[:, -1],
         slot=jnp.asarray(length, jnp.int32),
         starts_B=starts_B,
@@ -203,8 +261,13 @@ def decode(
 
     def step(carry):
         index, state, tokens_NB = carry
-        logits_BV, cache = _next_logits(
-            model, state.last_B[:, None], state.starts_B, state.slot, state.cache
+        logits_BV, cache = next_logits(
+            model,
+            state.last_B[:, None],
+            state.starts_B,
+            state.slot,
+            state.cache,
+            state.encoded,
         )
         state = dataclasses.replace(state, cache=cache, slot=state.slot + 1)
         state = _choose(logits_BV, state, params, eos_id, pad_id, num_ids)

@@ -1,9 +1,10 @@
-"""Prompts to completions: tokenise, batch, decode in chunks, stop, hand out text as it comes."""
+"""Prompts to completions: tokenise, batch, decode in chunks or search, stop, hand out text as it comes."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
 import dataclasses
+import functools
 import zlib
 
 import jax
@@ -13,6 +14,8 @@ import numpy as np
 
 from llm_jax import errors
 from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.sampling import beams as beams_lib
+from llm_jax.sampling import cache as cache_lib
 from llm_jax.sampling import decode
 from llm_jax.sampling import load
 from llm_jax.sampling import samplers
@@ -20,13 +23,14 @@ from llm_jax.sampling import samplers
 _SMALLEST_BUCKET = 16
 _CHUNK = 32  # tokens between looks at stop strings
 _STREAM_CHUNK = 4  # tokens between looks at the terminal
+_NO_SEARCH = beams_lib.BeamParams()
 
 OnText = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and the seed of its own draws."""
+    """A text to continue, or what an encoder reads, and the seed of its own draws."""
 
     text: str
     seed: int = 0
@@ -37,7 +41,8 @@ class Completion:
     """What a prompt was continued with.
 
     `finish_reason` is `eos` (the model ended the text), `stop` (a stop string came up; it is cut
-    off) or `length` (the number of tokens asked for).
+    off) or `length` (the number of tokens asked for). `score` is of a beam search, whose best text
+    is sample 0.
     """
 
     prompt: str
@@ -46,6 +51,7 @@ class Completion:
     completion: str
     finish_reason: str
     num_tokens: int
+    score: float | None = None
 
 
 class StopScanner:
@@ -97,13 +103,20 @@ class _Row:
         tokenizer: tokenizer_lib.Tokenizer,
         stops: Sequence[str],
         on_text: OnText | None,
+        is_source: bool = False,
     ):
         ids = tokenizer.encode(prompt.text)
-        self.ids = ids if tokenizer.bos_id is None else np.insert(ids, 0, tokenizer.bos_id)
-        if not len(self.ids):
+        end = np.asarray([tokenizer.eos_id], np.int32)
+        if is_source:
+            # A source ends as a document does, and its text is no part of what is written.
+            self.ids, ids = np.concatenate([ids, end]), ids[:0]
+        elif tokenizer.bos_id is not None:
+            self.ids = np.insert(ids, 0, tokenizer.bos_id)
+        else:
             # Documents of the training data follow an end of text; so does an empty prompt.
-            self.ids = np.asarray([tokenizer.eos_id], np.int32)
+            self.ids = ids if len(ids) else end
         self.prompt, self.sample = prompt, sample
+        self.score: float | None = None
         self._eos_id = tokenizer.eos_id
         self._decoder = tokenizer_lib.StreamDecoder(tokenizer)
         # The text of a token may depend on those before it. What the decoder still holds back of
@@ -162,6 +175,7 @@ class _Row:
             completion="".join(self._pieces),
             finish_reason=self.finish_reason,
             num_tokens=self._num_tokens,
+            score=self.score,
         )
 
 
@@ -175,6 +189,7 @@ def generate(
     stops: Sequence[str] = (),
     batch_size: int = 16,
     on_text: OnText | None = None,
+    beams: beams_lib.BeamParams = _NO_SEARCH,
 ) -> Iterator[Completion]:
     """Returns an iterator over `num_samples` completions of each prompt, in their order.
 
@@ -185,10 +200,12 @@ def generate(
       prompts: texts, of any lengths.
       params: how tokens are chosen.
       max_tokens: of each completion.
-      num_samples: completions a prompt; sample i draws with the seed's i-th stream.
+      num_samples: completions a prompt; sample i draws with the seed's i-th stream, or is the i-th best
+        of the beams.
       stops: a completion ends before the first of these that comes up.
-      batch_size: rows generated side by side.
+      batch_size: rows generated side by side; each beam is one.
       on_text: called with text as it comes; for a single prompt and sample.
+      beams: searches for the most probable completions, if there are several.
 
     Raises:
       errors.UserError: a prompt that leaves no room for `max_tokens`, or arguments that make no
@@ -206,35 +223,94 @@ def generate(
             raise errors.UserError(f"seed {prompt.seed} must be in [0, 2^32)")
     if on_text is not None and len(prompts) * num_samples != 1:
         raise errors.UserError("streaming takes one prompt and one sample")
+    _check_beams(beams, params, num_samples, stops, on_text, loaded.tokenizer.vocab_size)
     rows = [
-        _Row(prompt, sample, loaded.tokenizer, stops, on_text)
+        _Row(prompt, sample, loaded.tokenizer, stops, on_text, loaded.is_encoder_decoder)
         for prompt in prompts
         for sample in range(num_samples)
     ]
-    max_length = loaded.model.config.max_length
     for row in rows:
-        if len(row.ids) + max_tokens > max_length:
-            raise errors.UserError(
-                f"prompt {row.prompt.text[:40]!r} has {len(row.ids)} tokens: with --max_tokens="
-                f"{max_tokens} that is more than the model's max_length = {max_length}; shorten"
-                " one of them"
-            )
+        _check_length(row, loaded, max_tokens)
+    if beams.num_beams > 1:
+        size = max(1, batch_size // beams.num_beams) * num_samples
+        search = functools.partial(_search, params=params, beams=beams, num_samples=num_samples)
+        return _completions(loaded, rows, max_tokens, size, search)
     chunk = _CHUNK if on_text is None else _STREAM_CHUNK
-    return _completions(loaded, rows, params, max_tokens, batch_size, chunk)
+    return _completions(
+        loaded, rows, max_tokens, batch_size, functools.partial(_run, params=params, chunk=chunk)
+    )
+
+
+def _check_beams(
+    beams: beams_lib.BeamParams,
+    params: samplers.SamplingParams,
+    num_samples: int,
+    stops: Sequence[str],
+    on_text: OnText | None,
+    num_ids: int,
+) -> None:
+    """Raises UserError for what contradicts a search, or its absence."""
+    if beams.num_beams == 1:
+        for name in ("length_penalty", "early_stopping"):
+            value = getattr(beams, name)
+            if value != getattr(_NO_SEARCH, name):
+                raise errors.UserError(f"--{name}={value} is for a search: give --num_beams=4, say")
+        return
+    search = f"--num_beams={beams.num_beams} searches"
+    drawing = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    neutral = dataclasses.asdict(samplers.SamplingParams())
+    for name, value in drawing.items():
+        if value != neutral[name] and (name, value) != ("temperature", 0.0):
+            raise errors.UserError(f"{search} and draws nothing: leave out --{name}={value}, or it")
+    if stops:
+        raise errors.UserError(f"{search} for texts that the model ends: leave out --stop, or it")
+    if on_text is not None:
+        raise errors.UserError(f"{search}: the best text is known at the end, and not streamed")
+    if num_samples > beams.num_beams:
+        raise errors.UserError(
+            f"--num_samples={num_samples}: {search} for {beams.num_beams} texts of a prompt; ask for"
+            " that many at most"
+        )
+    if 2 * beams.num_beams > num_ids:
+        raise errors.UserError(
+            f"{search} among twice as many tokens, and the tokenizer has {num_ids}; use"
+            f" --num_beams={num_ids // 2} at most"
+        )
+
+
+def _check_length(row: _Row, loaded: load.Loaded, max_tokens: int) -> None:
+    """Raises UserError for a row that the model has no positions for."""
+    max_length = loaded.model.config.max_length
+    what = f"prompt {row.prompt.text[:40]!r} has {len(row.ids)} tokens"
+    if loaded.is_encoder_decoder:
+        if len(row.ids) > max_length:
+            raise errors.UserError(
+                f"{what}, the end among them: more than the model's max_length = {max_length};"
+                " shorten it"
+            )
+        if 1 + max_tokens > max_length:
+            raise errors.UserError(
+                f"--max_tokens={max_tokens} and the decoder's start are more than the model's"
+                f" max_length = {max_length}; use --max_tokens={max_length - 1} at most"
+            )
+    elif len(row.ids) + max_tokens > max_length:
+        raise errors.UserError(
+            f"{what}: with --max_tokens={max_tokens} that is more than the model's max_length ="
+            f" {max_length}; shorten one of them"
+        )
 
 
 def _completions(
     loaded: load.Loaded,
     rows: list[_Row],
-    params: samplers.SamplingParams,
     max_tokens: int,
     batch_size: int,
-    chunk: int,
+    run: Callable[[load.Loaded, list[_Row], int], None],
 ) -> Iterator[Completion]:
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         with jax.set_mesh(loaded.mesh):  # not across the yield: the caller's mesh is its own
-            _run(loaded, batch, params, max_tokens, chunk)
+            run(loaded, batch, max_tokens)
         yield from (row.completion() for row in batch)
 
 
@@ -246,24 +322,29 @@ def _bucket(length: int) -> int:
     return size
 
 
-def _run(
-    loaded: load.Loaded,
-    rows: list[_Row],
-    params: samplers.SamplingParams,
-    max_tokens: int,
-    chunk: int,
-) -> None:
-    """Generates for a batch of rows until each has ended."""
-    tokenizer, model = loaded.tokenizer, loaded.model
-    ids = {
+def _ids(tokenizer: tokenizer_lib.Tokenizer) -> dict[str, int]:
+    return {
         "eos_id": tokenizer.eos_id,
         "pad_id": tokenizer.pad_id,
         "num_ids": tokenizer.vocab_size,
     }
-    tokens_BT, starts_B, keys_B = _inputs(loaded, rows)
+
+
+def _run(
+    loaded: load.Loaded,
+    rows: list[_Row],
+    max_tokens: int,
+    *,
+    params: samplers.SamplingParams,
+    chunk: int,
+) -> None:
+    """Generates for a batch of rows until each has ended."""
+    model, ids = loaded.model, _ids(loaded.tokenizer)
+    tokens_BT, starts_B, encoded = _inputs(loaded, rows)
+    keys_B = _keys(loaded, rows, len(starts_B))
     num_slots = tokens_BT.shape[1] + _bucket(max_tokens)
     state = decode.prefill(
-        model, tokens_BT, starts_B, keys_B, params=params, num_slots=num_slots, **ids
+        model, tokens_BT, starts_B, keys_B, encoded, params=params, num_slots=num_slots, **ids
     )
     for row, token in zip(rows, _fetch(state.last_B)):
         row.feed(int(token))
@@ -278,6 +359,39 @@ def _run(
         row.finish("length")
 
 
+def _search(
+    loaded: load.Loaded,
+    rows: list[_Row],
+    max_tokens: int,
+    *,
+    params: samplers.SamplingParams,
+    beams: beams_lib.BeamParams,
+    num_samples: int,
+) -> None:
+    """Searches for the best texts of a batch, of which each prompt has `num_samples` rows."""
+    tokens_BT, starts_B, encoded = _inputs(loaded, rows[::num_samples])
+    found = beams_lib.search(
+        loaded.model,
+        tokens_BT,
+        starts_B,
+        encoded,
+        params=beams,
+        num_tokens=_bucket(max_tokens),
+        max_tokens=max_tokens,
+        repetition_penalty=params.repetition_penalty,
+        **_ids(loaded.tokenizer),
+    )
+    tokens_BQN, lengths_BQ, scores_BQ = map(
+        _fetch, (found.tokens_BQN, found.lengths_BQ, found.scores_BQ)
+    )
+    for index, row in enumerate(rows):
+        of_row = divmod(index, num_samples)
+        row.score = float(scores_BQ[of_row])
+        for token in tokens_BQN[of_row][: lengths_BQ[of_row]]:
+            row.feed(int(token))
+        row.finish("length")
+
+
 def _fetch(tokens: jax.Array) -> np.ndarray:
     """Returns tokens of the whole batch, also where other processes hold some of its rows."""
     if tokens.is_fully_addressable:
@@ -285,22 +399,40 @@ def _fetch(tokens: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(tokens, tiled=True)
 
 
-def _inputs(loaded: load.Loaded, rows: list[_Row]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns prompts padded on the left [B, T], their first slots [B] and a key each [B]."""
-    length = _bucket(max(len(row.ids) for row in rows))
+def _inputs(
+    loaded: load.Loaded, rows: list[_Row]
+) -> tuple[jax.Array, jax.Array, cache_lib.Encoded | None]:
+    """Returns what a decoder reads first, [B, T], where it begins, [B], and what its encoder has read.
+
+    A decoder's prompts are padded on the left, an encoder's on the right. Rows that fill the mesh up
+    repeat the last.
+    """
     ways = loaded.mesh.shape["replica"] * loaded.mesh.shape["data"]
-    batch_size = -(-len(rows) // ways) * ways  # rows that fill the mesh up repeat the last
-    filled = rows + [rows[-1]] * (batch_size - len(rows))
-    tokens_BT = np.full((batch_size, length), loaded.tokenizer.pad_id, np.int32)
-    for index, row in enumerate(filled):
-        tokens_BT[index, length - len(row.ids) :] = row.ids
-    starts_B = np.asarray([length - len(row.ids) for row in filled], np.int32)
-    keys = [row.key() for row in filled]
+    batch_size = -(-len(rows) // ways) * ways
+    ids = [row.ids for row in rows] + [rows[-1].ids] * (batch_size - len(rows))
+    lengths_B = np.asarray([len(own) for own in ids], np.int32)
+    length = _bucket(lengths_B.max())
+    tokens_BS = np.full((batch_size, length), loaded.tokenizer.pad_id, np.int32)
+    for index, own in enumerate(ids):
+        start = 0 if loaded.is_encoder_decoder else length - len(own)
+        tokens_BS[index, start : start + len(own)] = own
+    tokens_BS = _place(loaded, tokens_BS, "BS")
+    if not loaded.is_encoder_decoder:
+        return tokens_BS, _place(loaded, length - lengths_B, "B"), None
+    encoded = decode.encode(loaded.model, tokens_BS, _place(loaded, lengths_B, "B"))
+    first_B1 = np.full((batch_size, 1), loaded.model.config.decoder_start_id, np.int32)
+    return _place(loaded, first_B1, "BS"), _place(loaded, np.zeros_like(lengths_B), "B"), encoded
 
-    def place(x, dims):
-        spec = loaded.model.rules.act(dims)
-        return jax.device_put(x, jax.sharding.NamedSharding(loaded.mesh, spec))
 
+def _keys(loaded: load.Loaded, rows: list[_Row], batch_size: int) -> jax.Array:
+    """Returns a key for each row of a batch, [B]."""
+    keys = [row.key() for row in rows]
+    keys += keys[-1:] * (batch_size - len(rows))
     # Through the host, as every process can put a numpy array on a mesh of all.
-    key_data_B2 = place(np.asarray(jax.random.key_data(jnp.stack(keys))), "B")
-    return place(tokens_BT, "BS"), place(starts_B, "B"), jax.random.wrap_key_data(key_data_B2)
+    key_data_B2 = _place(loaded, np.asarray(jax.random.key_data(jnp.stack(keys))), "B")
+    return jax.random.wrap_key_data(key_data_B2)
+
+
+def _place(loaded: load.Loaded, array: np.ndarray, dims: str) -> jax.Array:
+    spec = loaded.model.rules.act(dims)
+    return jax.device_put(array, jax.sharding.NamedSharding(loaded.mesh, spec))

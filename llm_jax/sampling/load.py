@@ -7,6 +7,7 @@ import jax
 
 from llm_jax import checkpoint
 from llm_jax import config as config_lib
+from llm_jax import errors
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax.data import tokenizer as tokenizer_lib
@@ -32,6 +33,11 @@ class Loaded:
     mesh: jax.sharding.Mesh
     step: int
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether prompts are what an encoder reads, not what is continued."""
+        return self.model.config.architecture == "encoder_decoder"
+
 
 def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded:
     """Loads a checkpoint for generation.
@@ -43,12 +49,13 @@ def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded
         that it does not divide lie on all of them, if it divides the queries of each; the log says so.
 
     Raises:
-      errors.UserError: no such checkpoint, none that is whole, or a model that `tensor` does not
-        divide.
+      errors.UserError: no such checkpoint, none that is whole, a model that writes no text, or one
+        that `tensor` does not divide.
     """
     mesh = mesh_lib.make(config_lib.MeshConfig(tensor=tensor, rules="tp"))
 
     def read(step_dir, meta: checkpoint.Meta) -> Loaded:
+        _check_writes(meta.config.model, workdir)
         kv_heads = sharding.fitting_kv_heads(meta.config.model, tensor)
         if kv_heads == "replicated":
             count = meta.config.model.kv_heads
@@ -63,3 +70,12 @@ def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded
         return Loaded(prepared, tokenizer_lib.from_dict(meta.tokenizer), mesh, meta.step)
 
     return checkpoint.read_latest(workdir, step, read)
+
+
+def _check_writes(config: config_lib.ModelConfig, workdir: str) -> None:
+    if config.architecture == "encoder" or config.head != "lm":
+        raise errors.UserError(
+            f"--workdir={workdir} holds a model that writes no text (model.architecture ="
+            f" {config.architecture!r}, model.head = {config.head!r}); sampling takes a decoder or an"
+            " encoder_decoder with head 'lm'"
+        )

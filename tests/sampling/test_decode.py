@@ -107,11 +107,11 @@ def test_each_step_gives_the_logits_of_the_full_forward(name, one_device):
 
     ready = decode.prepare_model(model)
     tokens_BT, starts_B = _left_padded(ready, prompts, PADDED, pad_id=7)
-    next_logits = jax.jit(decode._next_logits)
+    next_logits = jax.jit(decode.next_logits)
     cache = cache_lib.make_cache(ready.config, rules, len(prompts), SLOTS)
     # Slots that nothing was written to must not be seen, whatever is in them.
     cache = jax.tree.map(lambda x: x + 1e3, cache)
-    prefill = jax.jit(lambda m, t, s, c: decode._next_logits(m, t, s, 0, c))
+    prefill = jax.jit(lambda m, t, s, c: decode.next_logits(m, t, s, 0, c))
     logits_BV, cache = prefill(ready, tokens_BT, starts_B, cache)
 
     num_compared = 0
@@ -140,7 +140,7 @@ def test_bfloat16_generation_is_the_bfloat16_model(one_device):
     cache = cache_lib.make_cache(ready.config, rules, 3, SLOTS)
     assert cache[0].k_BKCS.dtype == jnp.bfloat16
     tokens_BT, starts_B = _left_padded(ready, text, TEXT_LENGTH, 0)
-    logits_BV, _ = jax.jit(lambda m, t, s, c: decode._next_logits(m, t, s, 0, c))(
+    logits_BV, _ = jax.jit(lambda m, t, s, c: decode.next_logits(m, t, s, 0, c))(
         ready, tokens_BT, starts_B, cache
     )
     expected_BV = _full_logits(model, text)[:, -1]

@@ -41,7 +41,8 @@ def make_cache(
       row_axes, head_axes: of the mesh that is set, which rows and heads are cut over.
       bias: the kind of bias that attention to the cache will add; None: none.
       implementation: `pallas` makes a `Contiguous` cache, and so does `auto` on TPUs where the kernel
-        takes it and the bias; every other name of `config.model.attention` a `SlotsLast`.
+        takes it; every other name of `config.model.attention` a `SlotsLast`, and so do all with a bias
+        that the kernel does not take.
 
     Raises:
       ValueError: int8 where the kernel is not asked for, or not at hand.
@@ -52,10 +53,9 @@ def make_cache(
     is_taken = implementation == "pallas" or (
         implementation == "auto"
         and device_kind.startswith("TPU")
-        and pallas.bias_refusal(bias) is None
         and pallas.layout_refusal(local_heads, width, slots, dtype, device_kind) is None
     )
-    if is_taken:
+    if is_taken and pallas.bias_refusal(bias) is None:
         return caches.make_contiguous(
             batch_size, num_heads, slots, width, dtype, row_axes, head_axes
         )

@@ -1,0 +1,318 @@
+"""Beam search in one device loop: the algorithm of Hugging Face's `generate`, to the same ids and scores.
+
+What a row's beams may become is decided by `advance`, a pure function of arrays; `search` runs a model
+around it. The algorithm is that of `GenerationMixin._beam_search` in transformers 5.23: of all
+continuations of a row's running beams the 2 Q best by the sum of log-probabilities are candidates. The Q
+best of those that do not end go on running. Those among the Q best that end are hypotheses, scored by the
+sum over `num_tokens ** length_penalty`, their end counted, and the Q best hypotheses are kept.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax import errors
+from llm_jax.models import stack
+from llm_jax.sampling import cache as cache_lib
+from llm_jax.sampling import decode
+from llm_jax.sampling import samplers
+
+# Added to sums that are out of the running: far below any, and still finite.
+_OUT = -1e9
+_NEVER = float(jnp.finfo(jnp.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamParams:
+    """How hypotheses are searched for.
+
+    Attributes:
+      num_beams: hypotheses side by side; 1 does not search.
+      length_penalty: above 0 favours long hypotheses: scores are divided by length to this power.
+      early_stopping: when a row has as many hypotheses as beams: True ends it then, False when the best
+        running beam would score no better if it ended now (which is a guess, as scores may rise with
+        length), "never" when it cannot at any length up to the longest.
+    """
+
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+    def __post_init__(self):
+        checks = (
+            ("num_beams", self.num_beams >= 1, "at least 1 (1 does not search)"),
+            ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
+            (
+                "early_stopping",
+                self.early_stopping in (True, False, "never"),
+                "true, false or never",
+            ),
+        )
+        for name, holds, would_do in checks:
+            if not holds:
+                raise errors.UserError(f"--{name}={getattr(self, name)} must be {would_do}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hypotheses:
+    """Texts of each row, the best first.
+
+    Attributes:
+      tokens_BQN: int32, `pad_id` after the end; the end itself is among them.
+      lengths_BQ: int32, how many of them count.
+      scores_BQ: float32.
+      is_finished_BQ: whether there is a text at all.
+    """
+
+    tokens_BQN: jax.Array
+    lengths_BQ: jax.Array
+    scores_BQ: jax.Array
+    is_finished_BQ: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beams:
+    """What goes from token to token.
+
+    Attributes:
+      tokens_BQN: int32, of running beams; `pad_id` from `num_generated` on.
+      sums_BQ: float32, of their log-probabilities.
+      finished: the hypotheses so far.
+      can_improve_B: whether a row's running beams may still give a better hypothesis.
+      num_generated: int32 scalar.
+      is_going: whether there is anything left to do.
+    """
+
+    tokens_BQN: jax.Array
+    sums_BQ: jax.Array
+    finished: Hypotheses
+    can_improve_B: jax.Array
+    num_generated: jax.Array
+    is_going: jax.Array
+
+    @property
+    def last_BQ(self) -> jax.Array:
+        """The newest token of each beam."""
+        at_last = jax.lax.dynamic_slice_in_dim(self.tokens_BQN, self.num_generated - 1, 1, axis=2)
+        return at_last[..., 0]
+
+
+def start(like_B: jax.Array, num_beams: int, num_tokens: int, pad_id: int) -> Beams:
+    """Returns beams of no tokens, with room for `num_tokens`, on the devices of `like_B`."""
+    zeros_BQ = jnp.zeros_like(like_B, jnp.int32)[:, None] + jnp.zeros(num_beams, jnp.int32)
+    tokens_BQN = zeros_BQ[..., None] + jnp.full(num_tokens, pad_id, jnp.int32)
+    # All beams are the same yet: the others' continuations would only repeat the first one's.
+    sums_BQ = zeros_BQ + jnp.where(jnp.arange(num_beams) == 0, 0.0, _OUT)
+    nothing = Hypotheses(tokens_BQN, zeros_BQ, zeros_BQ + jnp.float32(_OUT), zeros_BQ > 0)
+    return Beams(
+        tokens_BQN,
+        sums_BQ,
+        nothing,
+        can_improve_B=jnp.ones_like(like_B, bool),
+        num_generated=jnp.zeros((), jnp.int32),
+        is_going=jnp.ones((), bool),
+    )
+
+
+def advance(
+    beams: Beams,
+    log_probs_BQV: jax.Array,
+    params: BeamParams,
+    *,
+    eos_id: int,
+    max_tokens: jax.Array | int,
+) -> tuple[Beams, jax.Array]:
+    """Adds a token to each beam.
+
+    Args:
+      beams: so far.
+      log_probs_BQV: float32, of each beam's next token; the whole vocabulary on each device.
+      params: how to search.
+      eos_id: what ends a hypothesis.
+      max_tokens: what has so many tokens is a hypothesis, too; at least 1.
+
+    Returns:
+      The new beams, and which of its row's beams each of them continues, int32 [B, Q].
+    """
+    B, Q, V = log_probs_BQV.shape
+    num_tokens = beams.num_generated + 1
+    sums_BR = (log_probs_BQV + beams.sums_BQ[..., None]).reshape(B, Q * V)
+    sums_BA, chosen_BA = jax.lax.top_k(sums_BR, 2 * Q)
+    sources_BA, last_BA = chosen_BA // V, chosen_BA % V
+    tokens_BAN = jax.lax.dynamic_update_slice_in_dim(
+        _of_row(beams.tokens_BQN, sources_BA), last_BA[..., None], beams.num_generated, 2
+    )
+    is_end_BA = (last_BA == eos_id) | (num_tokens >= max_tokens)
+
+    running_BA = sums_BA + jnp.where(is_end_BA, _OUT, 0.0)
+    order_BQ = jax.lax.top_k(running_BA, Q)[1]
+    running_BQ = _of_row(running_BA, order_BQ)
+    candidates = Hypotheses(
+        tokens_BAN,
+        jnp.full_like(last_BA, num_tokens),
+        _scores(sums_BA, num_tokens, params),
+        is_end_BA & (jnp.arange(2 * Q) < Q),
+    )
+    finished = _merged(beams.finished, candidates, beams.can_improve_B, params)
+    can_improve_B = beams.can_improve_B & _can_improve(
+        running_BQ, finished, num_tokens, max_tokens, params
+    )
+    is_done = params.early_stopping is True and jnp.all(finished.is_finished_BQ)
+    is_going = jnp.any(can_improve_B) & ~jnp.all(is_end_BA) & jnp.logical_not(is_done)
+    new = Beams(
+        _of_row(tokens_BAN, order_BQ), running_BQ, finished, can_improve_B, num_tokens, is_going
+    )
+    return new, _of_row(sources_BA, order_BQ)
+
+
+def _of_row(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns `values[b, index[b, i]]` of each row b."""
+    return jax.vmap(lambda row, i: row[i])(values, index)
+
+
+def _scores(sums: jax.Array, num_tokens: jax.Array | int, params: BeamParams) -> jax.Array:
+    return sums / jnp.asarray(num_tokens, jnp.float32) ** params.length_penalty
+
+
+def _merged(
+    finished: Hypotheses, candidates: Hypotheses, can_improve_B: jax.Array, params: BeamParams
+) -> Hypotheses:
+    """Returns the best of old hypotheses and candidates, of which only those that finished count."""
+    is_out_B1 = ~can_improve_B[:, None]
+    if params.early_stopping is True:
+        is_out_B1 |= jnp.all(finished.is_finished_BQ, axis=1, keepdims=True)
+    is_out_BA = is_out_B1 | ~candidates.is_finished_BQ
+    scores_BA = candidates.scores_BQ + jnp.where(is_out_BA, _OUT, 0.0)
+    candidates = dataclasses.replace(candidates, scores_BQ=scores_BA)
+    both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), finished, candidates)
+    order_BQ = jax.lax.top_k(both.scores_BQ, finished.scores_BQ.shape[1])[1]
+    return jax.tree.map(lambda x: _of_row(x, order_BQ), both)
+
+
+def _can_improve(
+    running_BQ: jax.Array,
+    finished: Hypotheses,
+    num_tokens: jax.Array,
+    max_tokens: jax.Array | int,
+    params: BeamParams,
+) -> jax.Array:
+    """Returns whether the best running beam, as `early_stopping` judges it, would be kept, [B]."""
+    is_rising = params.early_stopping == "never" and params.length_penalty > 0.0
+    best_B1 = _scores(running_BQ[:, :1], max_tokens if is_rising else num_tokens, params)
+    worst_B1 = jnp.min(finished.scores_BQ, axis=1, keepdims=True)
+    worst_BQ = jnp.where(finished.is_finished_BQ, worst_B1, _OUT)
+    return jnp.any(best_B1 > worst_BQ, axis=1)
+
+
+# --- a model around it ------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """What goes from step to step.
+
+    Attributes:
+      beams: with a newest token each that is not in the cache yet.
+      sources_BQ: of which of its row's beams a beam's part of the cache is.
+      num_shared: int32 scalar, generated tokens that have been the same in all beams of each row.
+      cache: keys and values, [B * Q, ...].
+      is_seen_BQV: ids that beams hold; None without a repetition penalty.
+    """
+
+    beams: Beams
+    sources_BQ: jax.Array
+    num_shared: jax.Array
+    cache: stack.Cache
+    is_seen_BQV: jax.Array | None
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("params", "eos_id", "pad_id", "num_tokens", "num_ids", "repetition_penalty"),
+)
+def search(
+    model: decode.CachedModel,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    encoded: cache_lib.Encoded | None = None,
+    *,
+    params: BeamParams,
+    eos_id: int,
+    pad_id: int,
+    num_tokens: int,
+    max_tokens: jax.Array | int,
+    num_ids: int | None = None,
+    repetition_penalty: float = 1.0,
+) -> Hypotheses:
+    """Reads prompts and searches for their best continuations, in one program.
+
+    A prompt is read once, not by each beam, and so are an encoder's tokens, whose keys all beams of a row
+    share. The cache is born in the program and changed in place.
+
+    Args:
+      model, tokens_BT, starts_B, encoded: as of `decode.prefill`.
+      params: how to search.
+      eos_id, pad_id: what ends a hypothesis, and what follows it.
+      num_tokens: room for what is generated.
+      max_tokens: how much may be generated, at most `num_tokens`; another value compiles nothing.
+      num_ids: ids that may be chosen, those below; None: all of the vocabulary.
+      repetition_penalty: as of `samplers.SamplingParams`, but on log-probabilities.
+    """
+    num_beams, prompt_length = params.num_beams, tokens_BT.shape[1]
+    size = cache_lib.block_size()
+    num_slots = -(-(prompt_length + num_tokens) // size) * size
+    cache = cache_lib.make_cache(model.config, model.rules, tokens_BT.shape[0], num_slots)
+    logits_BV, cache = decode.next_logits(model, tokens_BT, starts_B, 0, cache, encoded)
+    is_seen_BQV = None
+    if repetition_penalty != 1.0:
+        is_seen_BV = decode.seen(tokens_BT, starts_B, model.config.vocab_size)
+        is_seen_BQV = jnp.repeat(is_seen_BV[:, None], num_beams, axis=1)
+
+    def advanced(state: _Search, logits: jax.Array) -> _Search:
+        """Adds a token to each beam; `logits` are of all beams, or of what all of a row's begin with."""
+        beams, is_seen_BQV = state.beams, state.is_seen_BQV
+        log_probs = jax.nn.log_softmax(logits).reshape(len(starts_B), -1, logits.shape[1])
+        if is_seen_BQV is not None:
+            log_probs = samplers.penalise_repetition(log_probs, is_seen_BQV, repetition_penalty)
+        # As in `transformers` the sums are those of the whole vocabulary, whatever may be chosen.
+        is_id_V = jnp.arange(logits.shape[1]) < (num_ids or logits.shape[1])
+        shape = (*state.sources_BQ.shape, logits.shape[1])
+        log_probs_BQV = jnp.broadcast_to(jnp.where(is_id_V, log_probs, _NEVER), shape)
+        how = {"eos_id": eos_id, "max_tokens": max_tokens}
+        new, sources_BQ = advance(beams, log_probs_BQV, params, **how)
+        if is_seen_BQV is not None:
+            is_last_BQV = new.last_BQ[..., None] == jnp.arange(logits.shape[1])
+            is_seen_BQV = _of_row(is_seen_BQV, sources_BQ) | is_last_BQV
+        return _Search(new, sources_BQ, _num_shared(beams), state.cache, is_seen_BQV)
+
+    def step(state: _Search) -> _Search:
+        slot = prompt_length + state.beams.num_generated - 1  # of the newest tokens
+        cache = cache_lib.reordered(
+            state.cache, state.sources_BQ, prompt_length + state.num_shared, slot
+        )
+        last_R1 = state.beams.last_BQ.reshape(-1, 1)
+        starts_R = cache_lib.repeated(starts_B, num_beams)
+        logits_RV, cache = decode.next_logits(model, last_R1, starts_R, slot, cache, encoded)
+        return advanced(dataclasses.replace(state, cache=cache), logits_RV)
+
+    beams = start(starts_B, num_beams, num_tokens, pad_id)
+    cache = cache_lib.repeated(cache, num_beams)
+    state = _Search(beams, beams.finished.lengths_BQ, beams.num_generated, cache, is_seen_BQV)
+    state = advanced(state, logits_BV)
+    return jax.lax.while_loop(lambda state: state.beams.is_going, step, state).beams.finished
+
+
+def _num_shared(beams: Beams) -> jax.Array:
+    """Returns how many first tokens are the same in all beams of each row that is still of interest.
+
+    Soon after they were chosen tokens are: most beams descend from one of a few steps before.
+    """
+    is_same_BN = jnp.all(beams.tokens_BQN == beams.tokens_BQN[:, :1], axis=1)
+    num_same_B = jnp.sum(jnp.cumprod(is_same_BN, axis=1, dtype=jnp.int32), axis=1)
+    return jnp.min(jnp.where(beams.can_improve_B, num_same_B, is_same_BN.shape[1]))
