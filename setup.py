@@ -32,6 +32,7 @@ setuptools.setup(
         "absl-py>=2.1",
         "etils[epath]>=1.9",
         "flax>=0.12.8",
+        "gguf>=0.17",
         "importlib_resources>=6.4",  # of tensorflow-datasets, which does not declare it
         "jax>=0.10.2",
         "ml-collections>=1.0",
@@ -51,6 +52,13 @@ setuptools.setup(
         "aot": [AOT],
         # Kernels that the report stands ours beside.
         "peers": [AOT, "tokamax>=0.0.17; python_version >= '3.12'"],
-        "test": [AOT, "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "test": [
+            AOT,
+            "hypothesis>=6.100",
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "safetensors>=0.5",
+        ],
     },
 )

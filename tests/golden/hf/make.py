@@ -191,7 +191,7 @@ def make_model(name: str) -> torch.nn.Module:
             mean = 1.0 if is_scale and "gemma" not in name else 0.0
             # Matrices are as large as rounding allows: greedy text should not repeat one token.
             is_decoder = name not in ENCODERS + ENCODER_DECODERS
-            spread = 0.6 if parameter.ndim > 1 and is_decoder else 0.3
+            spread = 0.45 if parameter.ndim > 1 and is_decoder else 0.3
             drawn = mean + spread * rng.standard_normal(tuple(parameter.shape))
             if "embed_positions" not in key:  # Marian's are sinusoids
                 parameter.copy_(torch.tensor(drawn, dtype=torch.float32))
