@@ -145,13 +145,13 @@ def advance(
     sums_BA, chosen_BA = jax.lax.top_k(sums_BR, 2 * Q)
     sources_BA, last_BA = chosen_BA // V, chosen_BA % V
     tokens_BAN = jax.lax.dynamic_update_slice_in_dim(
-        _of_row(beams.tokens_BQN, sources_BA), last_BA[..., None], beams.num_generated, 2
+        cache_lib.of_row(beams.tokens_BQN, sources_BA), last_BA[..., None], beams.num_generated, 2
     )
     is_end_BA = (last_BA == eos_id) | (num_tokens >= max_tokens)
 
     running_BA = sums_BA + jnp.where(is_end_BA, _OUT, 0.0)
     order_BQ = jax.lax.top_k(running_BA, Q)[1]
-    running_BQ = _of_row(running_BA, order_BQ)
+    running_BQ = cache_lib.of_row(running_BA, order_BQ)
     candidates = Hypotheses(
         tokens_BAN,
         jnp.full_like(last_BA, num_tokens),
@@ -165,14 +165,14 @@ def advance(
     is_done = params.early_stopping is True and jnp.all(finished.is_finished_BQ)
     is_going = jnp.any(can_improve_B) & ~jnp.all(is_end_BA) & jnp.logical_not(is_done)
     new = Beams(
-        _of_row(tokens_BAN, order_BQ), running_BQ, finished, can_improve_B, num_tokens, is_going
+        cache_lib.of_row(tokens_BAN, order_BQ),
+        running_BQ,
+        finished,
+        can_improve_B,
+        num_tokens,
+        is_going,
     )
-    return new, _of_row(sources_BA, order_BQ)
-
-
-def _of_row(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns `values[b, index[b, i]]` of each row b."""
-    return jax.vmap(lambda row, i: row[i])(values, index)
+    return new, cache_lib.of_row(sources_BA, order_BQ)
 
 
 def _scores(sums: jax.Array, num_tokens: jax.Array | int, params: BeamParams) -> jax.Array:
@@ -191,7 +191,7 @@ def _merged(
     candidates = dataclasses.replace(candidates, scores_BQ=scores_BA)
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), finished, candidates)
     order_BQ = jax.lax.top_k(both.scores_BQ, finished.scores_BQ.shape[1])[1]
-    return jax.tree.map(lambda x: _of_row(x, order_BQ), both)
+    return jax.tree.map(lambda x: cache_lib.of_row(x, order_BQ), both)
 
 
 def _can_improve(
@@ -264,48 +264,61 @@ def search(
       num_ids: ids that may be chosen, those below; None: all of the vocabulary.
       repetition_penalty: as of `samplers.SamplingParams`, but on log-probabilities.
     """
-    num_beams, prompt_length = params.num_beams, tokens_BT.shape[1]
+    Q, (B, T), V = params.num_beams, tokens_BT.shape, model.config.vocab_size
     size = cache_lib.block_size()
-    num_slots = -(-(prompt_length + num_tokens) // size) * size
-    cache = cache_lib.make_cache(model.config, model.rules, tokens_BT.shape[0], num_slots)
+    num_slots = -(-(T + num_tokens) // size) * size
+    cache = cache_lib.make_cache(model.config, model.rules, B, num_slots)
     logits_BV, cache = decode.next_logits(model, tokens_BT, starts_B, 0, cache, encoded)
     is_seen_BQV = None
     if repetition_penalty != 1.0:
-        is_seen_BV = decode.seen(tokens_BT, starts_B, model.config.vocab_size)
-        is_seen_BQV = jnp.repeat(is_seen_BV[:, None], num_beams, axis=1)
-
-    def advanced(state: _Search, logits: jax.Array) -> _Search:
-        """Adds a token to each beam; `logits` are of all beams, or of what all of a row's begin with."""
-        beams, is_seen_BQV = state.beams, state.is_seen_BQV
-        log_probs = jax.nn.log_softmax(logits).reshape(len(starts_B), -1, logits.shape[1])
-        if is_seen_BQV is not None:
-            log_probs = samplers.penalise_repetition(log_probs, is_seen_BQV, repetition_penalty)
-        # As in `transformers` the sums are those of the whole vocabulary, whatever may be chosen.
-        is_id_V = jnp.arange(logits.shape[1]) < (num_ids or logits.shape[1])
-        shape = (*state.sources_BQ.shape, logits.shape[1])
-        log_probs_BQV = jnp.broadcast_to(jnp.where(is_id_V, log_probs, _NEVER), shape)
-        how = {"eos_id": eos_id, "max_tokens": max_tokens}
-        new, sources_BQ = advance(beams, log_probs_BQV, params, **how)
-        if is_seen_BQV is not None:
-            is_last_BQV = new.last_BQ[..., None] == jnp.arange(logits.shape[1])
-            is_seen_BQV = _of_row(is_seen_BQV, sources_BQ) | is_last_BQV
-        return _Search(new, sources_BQ, _num_shared(beams), state.cache, is_seen_BQV)
+        is_seen_BV = decode.seen(tokens_BT, starts_B, V)
+        is_seen_BQV = jnp.broadcast_to(is_seen_BV[:, None], (B, Q, V))
+    advanced = functools.partial(
+        _advanced, params, eos_id, max_tokens, num_ids or V, repetition_penalty
+    )
 
     def step(state: _Search) -> _Search:
-        slot = prompt_length + state.beams.num_generated - 1  # of the newest tokens
-        cache = cache_lib.reordered(
-            state.cache, state.sources_BQ, prompt_length + state.num_shared, slot
-        )
-        last_R1 = state.beams.last_BQ.reshape(-1, 1)
-        starts_R = cache_lib.repeated(starts_B, num_beams)
+        slot = T + state.beams.num_generated - 1  # of the newest tokens
+        first = T + state.num_shared
+        cache = cache_lib.reordered(state.cache, state.sources_BQ, first, slot)
+        last_R1 = cache_lib.joined(state.beams.last_BQ[..., None])
+        starts_R = cache_lib.repeated(starts_B, Q)
         logits_RV, cache = decode.next_logits(model, last_R1, starts_R, slot, cache, encoded)
-        return advanced(dataclasses.replace(state, cache=cache), logits_RV)
+        state = dataclasses.replace(state, cache=cache)
+        return advanced(state, cache_lib.by_row(logits_RV, B))
 
-    beams = start(starts_B, num_beams, num_tokens, pad_id)
-    cache = cache_lib.repeated(cache, num_beams)
+    beams = start(starts_B, Q, num_tokens, pad_id)
+    cache = cache_lib.repeated(cache, Q)
     state = _Search(beams, beams.finished.lengths_BQ, beams.num_generated, cache, is_seen_BQV)
-    state = advanced(state, logits_BV)
+    # What follows a prompt is the same for all of its beams.
+    state = advanced(state, jnp.broadcast_to(logits_BV[:, None], (B, Q, V)))
     return jax.lax.while_loop(lambda state: state.beams.is_going, step, state).beams.finished
+
+
+def _advanced(
+    params: BeamParams,
+    eos_id: int,
+    max_tokens: jax.Array | int,
+    num_ids: int,
+    repetition_penalty: float,
+    state: _Search,
+    logits_BQV: jax.Array,
+) -> _Search:
+    """Adds a token to each beam."""
+    ids_V = jnp.arange(logits_BQV.shape[2])
+    log_probs_BQV = jax.nn.log_softmax(logits_BQV)
+    is_seen_BQV = state.is_seen_BQV
+    if is_seen_BQV is not None:
+        log_probs_BQV = samplers.penalise_repetition(log_probs_BQV, is_seen_BQV, repetition_penalty)
+    # After the softmax: probabilities are those of the whole vocabulary, as in `transformers`.
+    log_probs_BQV = jnp.where(ids_V < num_ids, log_probs_BQV, _NEVER)
+    beams, sources_BQ = advance(
+        state.beams, log_probs_BQV, params, eos_id=eos_id, max_tokens=max_tokens
+    )
+    if is_seen_BQV is not None:
+        is_seen_BQV = cache_lib.of_row(is_seen_BQV, sources_BQ)
+        is_seen_BQV |= beams.last_BQ[..., None] == ids_V
+    return _Search(beams, sources_BQ, _num_shared(state.beams), state.cache, is_seen_BQV)
 
 
 def _num_shared(beams: Beams) -> jax.Array:

@@ -89,10 +89,28 @@ def repeated(x: Any, num_beams: int) -> Any:
 
     def repeat(array):
         shape = (array.shape[0], num_beams, *array.shape[1:])
-        spread = jnp.broadcast_to(array[:, None], shape)
-        return spread.reshape(-1, *array.shape[1:])
+        return joined(jnp.broadcast_to(array[:, None], shape))
 
     return jax.tree.map(repeat, x)
+
+
+def joined(by_row: jax.Array) -> jax.Array:
+    """Returns [B, Q, ...] as [B * Q, ...], a row's beams where the row was."""
+    row_axes, _, *others = jax.typeof(by_row).sharding.spec
+    shape = (-1, *by_row.shape[2:])
+    return jnp.reshape(by_row, shape, out_sharding=_spec(row_axes, *others))
+
+
+def by_row(rows: jax.Array, num_rows: int) -> jax.Array:
+    """Returns [B * Q, ...] as [B, Q, ...]."""
+    row_axes, *others = jax.typeof(rows).sharding.spec
+    shape = (num_rows, -1, *rows.shape[1:])
+    return jnp.reshape(rows, shape, out_sharding=_spec(row_axes, None, *others))
+
+
+def _spec(*axes) -> jax.sharding.PartitionSpec | None:
+    # Without axes no mesh need be set. They are named as a dimension of 1 would lose its own.
+    return jax.sharding.PartitionSpec(*axes) if any(axes) else None
 
 
 def block_size() -> int:
@@ -132,6 +150,9 @@ def reordered(
 
 def taken(rows: jax.Array, sources_BQ: jax.Array) -> jax.Array:
     """Returns rows [B * Q, ...] of which beam q of row b is what its beam `sources_BQ[b, q]` was."""
-    B, Q = sources_BQ.shape
-    by_row = rows.reshape(B, Q, *rows.shape[1:])
-    return jax.vmap(lambda beams, source: beams[source])(by_row, sources_BQ).reshape(rows.shape)
+    return joined(of_row(by_row(rows, len(sources_BQ)), sources_BQ))
+
+
+def of_row(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns `values[b, index[b, i]]` of each row b: [B, I, ...] of [B, J, ...] and [B, I]."""
+    return jax.vmap(lambda row, i: row[i])(values, index)
