@@ -37,6 +37,8 @@ def get_config(arg: str = ""):
     config.objective.update(name="seq2seq", target_length=256)
     config.data.update(
         source="tfds:wmt14_translate/de-en",
+        input_fields="en",
+        target_field="de",
         tokenizer="train_bpe:37000",
         batch_size=128,
         sequence_length=256,
