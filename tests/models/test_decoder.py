@@ -16,72 +16,10 @@ from llm_jax.models import layers
 from llm_jax.models import mlp
 from tests import helpers
 from tests.models import oracle
+from tests.models import variants
 
 LENGTH = 12
 ROWS = LENGTH + 1
-
-VARIANTS = {
-    "gpt2": helpers.GPT2,
-    "gpt2_exact_gelu": helpers.GPT2 | {"activation": "gelu"},
-    "llama": {},
-    "multi_query": {"num_kv_heads": 1},
-    "untied": {"tie_embeddings": False},
-    "head_dim": {"head_dim": 6, "mlp_dim": 24},
-    "qk_norm": {"use_qk_norm": True},
-    "window": {"window": 3},
-    "attention_softcap": {"attention_softcap": 0.5},
-    "logit_softcap": {"logit_softcap": 1.5},
-    "partial_rope": {"rope_fraction": 0.5},
-    "rope_theta": {"rope_theta": 100.0, "head_dim": 8},
-    "rope_linear": {"rope_scaling": "linear", "rope_scaling_factor": 4.0},
-    "rope_llama3": {
-        "rope_scaling": "llama3",
-        "rope_scaling_factor": 8.0,
-        "rope_low_freq_factor": 1.5,
-        "rope_high_freq_factor": 3.0,
-        "rope_original_length": 16,
-        "head_dim": 8,
-    },
-    "alibi": {"positions": "alibi", "num_heads": 8},
-    "no_positions": {"positions": "none"},
-    "post_norm": {"norm_placement": "post", "norm": "layernorm"},
-    "sandwich_norm": {"norm_placement": "sandwich", "norm_offset": True},
-    "output_norm": {"norm_placement": "output", "use_qk_norm": True, "qk_norm": "projection"},
-    "local_and_global": {
-        "num_layers": 5,
-        "layer_pattern": "LG",
-        "window": 3,
-        "rope_local_theta": 100.0,
-    },
-    "local_and_global_unrolled": {
-        "num_layers": 3,
-        "layer_pattern": "LG",
-        "window": 3,
-        "scan_layers": False,
-    },
-    "relative": {"positions": "relative", "relative_buckets": 6, "relative_max_distance": 8},
-    "sinusoidal": {"positions": "sinusoidal", "scale_embeddings": True},
-    "scaled": {"scale_logits": True, "attention_scale": 1.0},
-    "query_biases": {"use_qkv_bias": True},
-    "embedding_norm": {"use_embedding_norm": True, "is_entry_normalised": True},
-    "head_transform": {"use_head_transform": True, "use_head_bias": True},
-    "biases": {"use_bias": True, "norm": "layernorm", "norm_epsilon": 1e-3, "attention": "jax_nn"},
-    "chunked": {"attention": "chunked", "attention_chunk": 5},
-    "kernels": {"attention": "pallas", "window": 6, "attention_softcap": 2.0},
-    "chunked_window_alibi": {
-        "attention": "chunked",
-        "attention_chunk": 5,
-        "window": 3,
-        "positions": "alibi",
-        "attention_softcap": 0.5,
-    },
-    "reference": {"attention": "reference"},
-    "relu": {"activation": "relu", "is_gated": False},
-    "relu_squared": {"activation": "relu_squared", "is_gated": False},
-    "unrolled": {"scan_layers": False, "num_layers": 3},
-    "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16_params": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
-}
 
 # What other tests of this file turn, or what nothing but the size or the start depends on.
 ELSEWHERE = {"dropout", "attention_dropout", "remat"}
@@ -92,7 +30,7 @@ ELSEWHERE |= {"head", "pooling", "use_pooler", "num_labels"}
 
 
 def _config(name, **changes):
-    return helpers.tiny_model_config(**(VARIANTS[name] | changes))
+    return helpers.tiny_model_config(**(variants.VARIANTS[name] | changes))
 
 
 def _model(config, seed=0):
@@ -131,7 +69,7 @@ def _differ(a_TV, b_TV, scale):
     return np.abs(a_TV - b_TV).max(-1) / scale
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=variants.VARIANTS)
 def variant(request):
     """A config, a random model of it, and the tokens and logits of a batch whose rows are equal
     but that row t + 1 has another token at t."""
@@ -147,7 +85,7 @@ def variant(request):
 
 
 def test_variants_cover_every_option():
-    configs = [_config(name) for name in VARIANTS]
+    configs = [_config(name) for name in variants.VARIANTS]
     seen = {
         field.name: {getattr(config, field.name) for config in configs}
         for field in dataclasses.fields(config_lib.ModelConfig)
