@@ -3,7 +3,8 @@
     python -m llm_jax.train --config=configs/tiny_bert.py --workdir=runs/tiny_bert
 
 Slice: none, any CPU.
-Expected: see the README's table of small runs.
+Expected: validation 6.74, 6.44 and 6.28 nats a masked token (of 4,224) after 200, 400 and 600 steps (seed 0,
+2026-11-22).
 """
 
 from configs import tiny
