@@ -64,6 +64,14 @@ ENTRIES = (
     Entry("llama_7b", "v5p:2x2x4"),
     Entry("llama_70b", "v5p:8x8x8"),
     Entry("llama_1b", "2*v5e:4x4", {"mesh.replica": 2}),
+    Entry("bert_base", "v5e:4x4"),
+    Entry("bert_large", "v5e:4x4"),
+    Entry("t5_small", "v5e:4x4"),
+    Entry("t5_base", "v5e:4x4"),
+    Entry("transformer_base_2017", "v5e:2x2"),
+    Entry("smollm2_135m", "v5e:4x4"),
+    Entry("qwen3_0_6b", "v5e:4x4"),
+    Entry("gemma3_1b", "v5e:4x4"),
 )
 
 
