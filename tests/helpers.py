@@ -90,6 +90,7 @@ def tiny_run_config(model: dict | None = None, **sections) -> config_lib.RunConf
         model=tiny_model_config(**(model or {})),
         data=config_lib.DataConfig(batch_size=8, sequence_length=16),
         optim=config_lib.OptimConfig(warmup_steps=2),
+        objective=config_lib.ObjectiveConfig(target_length=12),
         train=config_lib.TrainConfig(num_steps=6),
         compilation_cache="",
     )

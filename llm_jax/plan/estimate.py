@@ -157,10 +157,16 @@ class _Sizes:
         self.tokens = config.tokens_per_step // config.optim.accumulation_steps // ways
 
     @property
+    def _target_share(self) -> float:
+        """Of the tokens, those of a decoder that has an encoder."""
+        target = self._config.target_length
+        return target / (self._config.data.sequence_length + target)
+
+    @property
     def saved_tokens(self) -> int:
         """Tokens times the layers that they pass; twice through those with cross-attention."""
-        model, target = self._model, self._config.target_length
-        share = target / (self._config.data.sequence_length + target)
+        model = self._model
+        share = self._target_share
         layers = model.num_layers * (1 - share) + 2 * model.decoder_layers * share
         return int(self.tokens * layers)
 
@@ -170,13 +176,16 @@ class _Sizes:
         attended = m.num_heads * m.head_width // tensor
         keys = 2 * m.kv_heads * m.head_width // tensor
         products = attended + keys + (2 if m.is_gated else 1) * m.mlp_width // tensor
+        # A ReLU's gradient needs what it gave, alone; dropout keeps a mask and what it took.
+        is_simple = m.activation == "relu" and not m.dropout
+        activations = (2 if is_simple else 4) * m.mlp_width // tensor
         widths = {
             "full": m.embed_dim,
             "attention_output": m.embed_dim + attended,
             "qkv": m.embed_dim + attended + keys,
             "dots": 3 * m.embed_dim + products,
             "offload": 0,
-            "none": 9 * m.embed_dim + attended + products + 4 * m.mlp_width // tensor,
+            "none": 9 * m.embed_dim + attended + products + activations,
         }
         return _COMPUTE_BYTES * widths[m.remat]
 
@@ -193,7 +202,7 @@ class _Sizes:
         """Bytes of logits, which their gradient replaces, and of the gathered head."""
         m, train = self._model, self._config.train
         ids = m.vocab_size // self._tensor
-        tokens = self.tokens
+        tokens = int(self.tokens * (self._target_share or 1))
         is_chunked = train.cross_entropy in ("chunked", "pallas")
         is_large = train.cross_entropy == "auto" and 4 * tokens * ids > _LARGEST_LOGITS
         if is_chunked or is_large:
@@ -201,6 +210,9 @@ class _Sizes:
         head = _COMPUTE_BYTES * m.embed_dim * ids
         if self._is_between_slices:  # its gradient waits for the exchange, whole
             head += _WAITING_BYTES * m.embed_dim * ids
+        elif m.tie_embeddings and (is_chunked or is_large):
+            # Summed over chunks its gradient is whole, and stays so until the embedding's is added.
+            head += 2 * 4 * m.embed_dim * ids
         return 4 * tokens * ids + head
 
 
