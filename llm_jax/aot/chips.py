@@ -8,6 +8,7 @@ clock, with one row a cycle before v6e and two from then on; that of TPU7x was c
 else. Delay slots of branches and issue slots were read off compiled programs.
 """
 
+from collections.abc import Sequence
 import dataclasses
 
 from llm_jax import errors
@@ -51,6 +52,12 @@ class Chip:
     num_xlu: int = 2
     num_vector_loads: int = 3
     num_vector_stores: int = 1
+
+    def rings(self, sides: Sequence[int]) -> tuple[bool, ...]:
+        """Returns which sides of a slice, by its chips along each, close to a ring."""
+        if self.ici_wraps == 4:
+            return tuple(1 < side and all(other % 4 == 0 for other in sides) for side in sides)
+        return tuple(side == self.ici_wraps for side in sides)
 
 
 _GIB = 1 << 30

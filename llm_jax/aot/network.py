@@ -63,10 +63,7 @@ class Network:
         self._places = np.array([_place(device) for device in devices])
         self._slices = np.array([getattr(device, "slice_index", 0) or 0 for device in devices])
         self._sides = self._places.max(axis=0) + 1
-        if chip.ici_wraps == 4:
-            self._is_ring = (self._sides > 1) & np.all(self._sides % 4 == 0)
-        else:
-            self._is_ring = self._sides == chip.ici_wraps
+        self._is_ring = chip.rings(self._sides)
 
     def collective(self, part: collectives.Part) -> Collective:
         """Returns what a collective costs."""

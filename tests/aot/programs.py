@@ -63,6 +63,22 @@ def lower_pallas_matmul(devices, *, size, block, depth, rows=None):
     return jax.jit(kernel).lower(x_NM, y_MM)
 
 
+def lower_gathered_product(devices):
+    """A product with a matrix that is cut over all devices, as FSDP cuts weights."""
+    mesh = jax.make_mesh((len(devices),), ("data",), devices=devices)
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x_NM = jax.ShapeDtypeStruct((16 * len(devices), 2048), jnp.bfloat16, sharding=placed)
+    w_MM = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=placed)
+
+    @jax.shard_map(
+        mesh=mesh, in_specs=(placed.spec, placed.spec), out_specs=placed.spec, check_vma=False
+    )
+    def multiply(x_NM, w_MM):
+        return x_NM @ jax.lax.all_gather(w_MM, "data", tiled=True)
+
+    return jax.jit(multiply).lower(x_NM, w_MM)
+
+
 def lower_misshapen(devices):
     """A program that cannot be traced."""
     x_MN = topology.array((4, 8), jnp.float32, devices[0])

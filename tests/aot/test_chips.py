@@ -21,6 +21,21 @@ def test_names_and_device_kinds_find_the_same_chip():
 
 
 @pytest.mark.parametrize(
+    ("chip", "sides", "rings"),
+    [
+        ("v5e", (16, 16), (True, True)),
+        ("v6e", (8, 16), (False, True)),
+        ("v5e", (4, 8), (False, False)),
+        ("v5p", (4, 4, 8), (True, True, True)),
+        ("v5p", (2, 4, 4), (False, False, False)),
+        ("tpu7x", (1, 1, 1), (False, False, False)),
+    ],
+)
+def test_sides_close_to_rings_where_the_chips_are_cabled_so(chip, sides, rings):
+    assert chips.by_name(chip).rings(sides) == rings
+
+
+@pytest.mark.parametrize(
     ("call", "name", "said"),
     [
         (chips.by_name, "v5f", "did you mean 'v5"),

@@ -75,6 +75,15 @@ def test_a_loop_costs_its_turns(small):
 
 
 @pytest.mark.slow
+def test_a_cube_gathers_around_its_rings():
+    case = dataclasses.replace(_case("lower_gathered_product", "v5p:4x4x4"), is_executed=False)
+    (cost,) = kernel_cost.costs([case])
+    # Lines it would gather over by a sum, at twice the bytes.
+    assert [(found.kind, found.num_executions) for found in cost.collectives] == [("all-gather", 1)]
+    assert cost.collectives[0].num_bytes == 2 * 2048 * 2048
+
+
+@pytest.mark.slow
 def test_refusals_are_results_with_a_reason(small):
     assert small["misshapen"].stage == "lowering"
     assert small["misshapen"].reason.startswith("TypeError: dot_general requires")
