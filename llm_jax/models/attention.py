@@ -59,7 +59,8 @@ class Attention(nnx.Module):
         """
         q_BTKGC, k_BTKC = self.queries(x_BTD), self.keys(x_BTD)
         if context.rotary is not None:
-            q_BTKGC = positions.rotate(q_BTKGC, context.rotary)
+            q = positions.rotate(self._by_heads(q_BTKGC, "BTKGC"), context.rotary)
+            q_BTKGC = self._by_groups(q)
             k_BTKC = positions.rotate(k_BTKC, context.rotary)
         q_BTKGC, k_BSKC, v_BSKC = self._laid_out(q_BTKGC, k_BTKC, self.values(x_BTD))
         if cache is not None:
@@ -83,8 +84,12 @@ class Attention(nnx.Module):
 
     def queries(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the queries [B, T, K, G, C], without positions."""
-        spec = self.rules.act("BTKGC")
-        q_BTKGC = layers.project("BTD,DKGC->BTKGC", x_BTD, self.q_DKGC, self.q_bias_KGC, spec)
+        heads, bias = self._heads, self.q_bias_KGC
+        weight = self._by_heads(self.q_DKGC[...], "DKGC", is_param=True)
+        bias = None if bias is None else self._by_heads(bias[...], "KGC", is_param=True)
+        spec = self.rules.act(f"BT{heads}C")
+        q = layers.project(f"BTD,D{heads}C->BT{heads}C", x_BTD, weight, bias, spec)
+        q_BTKGC = self._by_groups(q)
         return q_BTKGC if self.q_norm is None else self.q_norm(q_BTKGC)
 
     def keys(self, x_BTD: jax.Array) -> jax.Array:
@@ -100,8 +105,33 @@ class Attention(nnx.Module):
 
     def out(self, y_BTKGC: jax.Array) -> jax.Array:
         """Returns what heads have gathered as one [B, T, D]."""
-        spec = self.rules.act("BTD")
-        return layers.project("BTKGC,KGCD->BTD", y_BTKGC, self.out_KGCD, self.out_bias_D, spec)
+        heads, spec = self._heads, self.rules.act("BTD")
+        weight = self._by_heads(self.out_KGCD[...], "KGCD", is_param=True)
+        y = self._by_heads(y_BTKGC, "BTKGC")
+        return layers.project(f"BT{heads}C,{heads}CD->BTD", y, weight, self.out_bias_D, spec)
+
+    @property
+    def _heads(self) -> str:
+        """The letters of query heads: one, unless their groups are what a mesh axis cuts.
+
+        As one dimension they keep the layout that kernels want. Of two, XLA makes queries and their
+        gradients transposed, and copies them five times a layer.
+        """
+        return "H" if self.rules.act("G")[0] is None else "KG"
+
+    def _by_heads(self, x: jax.Array, dims: str, is_param: bool = False) -> jax.Array:
+        """Returns an array of dimensions `dims`, with K and G as `_heads` has them."""
+        if self._heads == "KG":
+            return x
+        first = dims.index("K")
+        shape = *x.shape[:first], -1, *x.shape[first + 2 :]
+        spec_of = self.rules.param if is_param else self.rules.act
+        return jnp.reshape(x, shape, out_sharding=spec_of(dims.replace("KG", "H")))
+
+    def _by_groups(self, q: jax.Array) -> jax.Array:
+        """Returns queries [B, T, K, G, C] of heads as `_heads` has them."""
+        shape = *q.shape[:2], *self.q_DKGC.shape[1:]
+        return jnp.reshape(q, shape, out_sharding=self.rules.act("BTKGC"))
 
     def _laid_out(
         self, q_BTKGC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array

@@ -42,8 +42,8 @@ def bias_param(
 def project(
     equation: str,
     x: jax.Array,
-    weight: nnx.Param,
-    bias: nnx.Param | None,
+    weight: nnx.Param | jax.Array,
+    bias: nnx.Param | jax.Array | None,
     out_sharding: PartitionSpec,
 ) -> jax.Array:
     """Returns `einsum(equation, x, weight) + bias`, computed in the dtype of `x`.
