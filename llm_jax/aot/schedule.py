@@ -252,6 +252,7 @@ class Replay:
         written = sum(array.num_bytes for array in operation.types if array.memory_space == hlo.HBM)
         cycles = operation.estimated_cycles
         if cycles is None:
+            guesses += ("no estimate: as long as its result takes to be read and written",)
             cycles = 2 * written / self._bandwidth * self._chip.clock_hz
         return kernel_cost.KernelCost(
             name=operation.name,
