@@ -55,6 +55,27 @@ class BeamParams:
             if not holds:
                 raise errors.UserError(f"--{name}={getattr(self, name)} must be {would_do}")
 
+    def rule(self) -> "Rule":
+        """Returns what `advance` goes by."""
+        is_never, penalty = self.early_stopping == "never", self.length_penalty
+        return Rule(penalty, self.early_stopping is True, is_never and penalty > 0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """When a row ends and what a hypothesis is worth, as arrays: another rule compiles nothing.
+
+    Attributes:
+      length_penalty: as of `BeamParams`.
+      ends_when_full: whether as many hypotheses as beams are enough.
+      looks_ahead: whether running beams are judged as if they were to have the greatest length.
+    """
+
+    length_penalty: jax.Array | float
+    ends_when_full: jax.Array | bool
+    looks_ahead: jax.Array | bool
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +143,7 @@ def start(like_B: jax.Array, num_beams: int, num_tokens: int, pad_id: int) -> Be
 def advance(
     beams: Beams,
     log_probs_BQV: jax.Array,
-    params: BeamParams,
+    rule: Rule,
     *,
     eos_id: int,
     max_tokens: jax.Array | int,
@@ -132,7 +153,7 @@ def advance(
     Args:
       beams: so far.
       log_probs_BQV: float32, of each beam's next token; the whole vocabulary on each device.
-      params: how to search.
+      rule: how to search.
       eos_id: what ends a hypothesis.
       max_tokens: what has so many tokens is a hypothesis, too; at least 1.
 
@@ -155,58 +176,46 @@ def advance(
     candidates = Hypotheses(
         tokens_BAN,
         jnp.full_like(last_BA, num_tokens),
-        _scores(sums_BA, num_tokens, params),
+        _scores(sums_BA, num_tokens, rule),
         is_end_BA & (jnp.arange(2 * Q) < Q),
     )
-    finished = _merged(beams.finished, candidates, beams.can_improve_B, params)
-    can_improve_B = beams.can_improve_B & _can_improve(
-        running_BQ, finished, num_tokens, max_tokens, params
-    )
-    is_done = params.early_stopping is True and jnp.all(finished.is_finished_BQ)
-    is_going = jnp.any(can_improve_B) & ~jnp.all(is_end_BA) & jnp.logical_not(is_done)
+    finished = _merged(beams.finished, candidates, beams.can_improve_B, rule)
+    best_B = _scores(running_BQ[:, 0], jnp.where(rule.looks_ahead, max_tokens, num_tokens), rule)
+    worst_B = jnp.min(finished.scores_BQ, axis=1)
+    is_full_B = jnp.all(finished.is_finished_BQ, axis=1)
+    can_improve_B = beams.can_improve_B & ((best_B > worst_B) | ~is_full_B)
+    is_done = rule.ends_when_full & jnp.all(is_full_B)
+    is_going = jnp.any(can_improve_B) & ~jnp.all(is_end_BA) & ~is_done
     new = Beams(
-        cache_lib.of_row(tokens_BAN, order_BQ),
-        running_BQ,
-        finished,
-        can_improve_B,
-        num_tokens,
-        is_going,
+        tokens_BQN=cache_lib.of_row(tokens_BAN, order_BQ),
+        sums_BQ=running_BQ,
+        finished=finished,
+        can_improve_B=can_improve_B,
+        num_generated=num_tokens,
+        is_going=is_going,
     )
     return new, cache_lib.of_row(sources_BA, order_BQ)
 
 
-def _scores(sums: jax.Array, num_tokens: jax.Array | int, params: BeamParams) -> jax.Array:
-    return sums / jnp.asarray(num_tokens, jnp.float32) ** params.length_penalty
+def _scores(sums: jax.Array, num_tokens: jax.Array, rule: Rule) -> jax.Array:
+    return sums / num_tokens.astype(jnp.float32) ** rule.length_penalty
 
 
 def _merged(
-    finished: Hypotheses, candidates: Hypotheses, can_improve_B: jax.Array, params: BeamParams
+    finished: Hypotheses, candidates: Hypotheses, can_improve_B: jax.Array, rule: Rule
 ) -> Hypotheses:
     """Returns the best of old hypotheses and candidates, of which only those that finished count."""
-    is_out_B1 = ~can_improve_B[:, None]
-    if params.early_stopping is True:
-        is_out_B1 |= jnp.all(finished.is_finished_BQ, axis=1, keepdims=True)
-    is_out_BA = is_out_B1 | ~candidates.is_finished_BQ
-    scores_BA = candidates.scores_BQ + jnp.where(is_out_BA, _OUT, 0.0)
-    candidates = dataclasses.replace(candidates, scores_BQ=scores_BA)
+    is_full_B = jnp.all(finished.is_finished_BQ, axis=1)
+    is_closed_B = ~can_improve_B | (rule.ends_when_full & is_full_B)
+    is_out_BA = is_closed_B[:, None] | ~candidates.is_finished_BQ
+    candidates = dataclasses.replace(
+        candidates,
+        scores_BQ=candidates.scores_BQ + jnp.where(is_out_BA, _OUT, 0.0),
+        is_finished_BQ=~is_out_BA,
+    )
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), finished, candidates)
     order_BQ = jax.lax.top_k(both.scores_BQ, finished.scores_BQ.shape[1])[1]
     return jax.tree.map(lambda x: cache_lib.of_row(x, order_BQ), both)
-
-
-def _can_improve(
-    running_BQ: jax.Array,
-    finished: Hypotheses,
-    num_tokens: jax.Array,
-    max_tokens: jax.Array | int,
-    params: BeamParams,
-) -> jax.Array:
-    """Returns whether the best running beam, as `early_stopping` judges it, would be kept, [B]."""
-    is_rising = params.early_stopping == "never" and params.length_penalty > 0.0
-    best_B1 = _scores(running_BQ[:, :1], max_tokens if is_rising else num_tokens, params)
-    worst_B1 = jnp.min(finished.scores_BQ, axis=1, keepdims=True)
-    worst_BQ = jnp.where(finished.is_finished_BQ, worst_B1, _OUT)
-    return jnp.any(best_B1 > worst_BQ, axis=1)
 
 
 # --- a model around it ------------------------------------------------------------------------------
@@ -232,10 +241,6 @@ class _Search:
     is_seen_BQV: jax.Array | None
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("params", "eos_id", "pad_id", "num_tokens", "num_ids", "repetition_penalty"),
-)
 def search(
     model: decode.CachedModel,
     tokens_BT: jax.Array,
@@ -246,7 +251,7 @@ def search(
     eos_id: int,
     pad_id: int,
     num_tokens: int,
-    max_tokens: jax.Array | int,
+    max_tokens: int,
     num_ids: int | None = None,
     repetition_penalty: float = 1.0,
 ) -> Hypotheses:
@@ -257,24 +262,67 @@ def search(
 
     Args:
       model, tokens_BT, starts_B, encoded: as of `decode.prefill`.
-      params: how to search.
+      params: how to search; of these the number of beams alone is compiled for.
       eos_id, pad_id: what ends a hypothesis, and what follows it.
       num_tokens: room for what is generated.
       max_tokens: how much may be generated, at most `num_tokens`; another value compiles nothing.
       num_ids: ids that may be chosen, those below; None: all of the vocabulary.
       repetition_penalty: as of `samplers.SamplingParams`, but on log-probabilities.
     """
-    Q, (B, T), V = params.num_beams, tokens_BT.shape, model.config.vocab_size
+    return _search(
+        model,
+        tokens_BT,
+        starts_B,
+        encoded,
+        params.rule(),
+        max_tokens,
+        num_beams=params.num_beams,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        num_tokens=num_tokens,
+        num_ids=num_ids or model.config.vocab_size,
+        repetition_penalty=repetition_penalty,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("num_beams", "eos_id", "pad_id", "num_tokens", "num_ids", "repetition_penalty"),
+    ),
+)
+def _search(
+    model: decode.CachedModel,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    encoded: cache_lib.Encoded | None,
+    rule: Rule,
+    max_tokens: jax.Array,
+    *,
+    num_beams: int,
+    eos_id: int,
+    pad_id: int,
+    num_tokens: int,
+    num_ids: int,
+    repetition_penalty: float,
+) -> Hypotheses:
+    Q, (B, T), V = num_beams, tokens_BT.shape, model.config.vocab_size
     size = cache_lib.block_size()
     num_slots = -(-(T + num_tokens) // size) * size
     cache = cache_lib.make_cache(model.config, model.rules, B, num_slots)
+    starts_B = jax.sharding.reshard(starts_B, model.rules.act("B"))
     logits_BV, cache = decode.next_logits(model, tokens_BT, starts_B, 0, cache, encoded)
     is_seen_BQV = None
     if repetition_penalty != 1.0:
         is_seen_BV = decode.seen(tokens_BT, starts_B, V)
         is_seen_BQV = jnp.broadcast_to(is_seen_BV[:, None], (B, Q, V))
     advanced = functools.partial(
-        _advanced, params, eos_id, max_tokens, num_ids or V, repetition_penalty
+        _advanced,
+        rule=rule,
+        eos_id=eos_id,
+        max_tokens=max_tokens,
+        num_ids=num_ids,
+        repetition_penalty=repetition_penalty,
     )
 
     def step(state: _Search) -> _Search:
@@ -296,13 +344,14 @@ def search(
 
 
 def _advanced(
-    params: BeamParams,
-    eos_id: int,
-    max_tokens: jax.Array | int,
-    num_ids: int,
-    repetition_penalty: float,
     state: _Search,
     logits_BQV: jax.Array,
+    *,
+    rule: Rule,
+    eos_id: int,
+    max_tokens: jax.Array,
+    num_ids: int,
+    repetition_penalty: float,
 ) -> _Search:
     """Adds a token to each beam."""
     ids_V = jnp.arange(logits_BQV.shape[2])
@@ -313,7 +362,7 @@ def _advanced(
     # After the softmax: probabilities are those of the whole vocabulary, as in `transformers`.
     log_probs_BQV = jnp.where(ids_V < num_ids, log_probs_BQV, _NEVER)
     beams, sources_BQ = advance(
-        state.beams, log_probs_BQV, params, eos_id=eos_id, max_tokens=max_tokens
+        state.beams, log_probs_BQV, rule, eos_id=eos_id, max_tokens=max_tokens
     )
     if is_seen_BQV is not None:
         is_seen_BQV = cache_lib.of_row(is_seen_BQV, sources_BQ)

@@ -35,16 +35,18 @@ def _look_up(table, row, tokens):
     return table[row, len(tokens), last[0], last[1]]
 
 
+_advance = jax.jit(beams_lib.advance)
+
+
 def _search_table(table, params, max_tokens):
     """Runs `advance` as long as it says."""
     beams = beams_lib.start(jnp.zeros(len(table), jnp.int32), params.num_beams, ROOM, PAD)
-    how = {"params": params, "eos_id": EOS}
-    advance = jax.jit(functools.partial(beams_lib.advance, **how))
     while bool(beams.is_going):
         tokens_BQN = np.asarray(beams.tokens_BQN)[..., : int(beams.num_generated)]
         rows = range(len(table))
         log_probs_BQV = [[_look_up(table, b, tokens) for tokens in tokens_BQN[b]] for b in rows]
-        beams, _ = advance(beams, jnp.asarray(log_probs_BQV), max_tokens=max_tokens)
+        log_probs_BQV = jnp.asarray(log_probs_BQV)
+        beams, _ = _advance(beams, log_probs_BQV, params.rule(), eos_id=EOS, max_tokens=max_tokens)
     return beams.finished
 
 
@@ -220,11 +222,11 @@ def test_a_rows_beams_do_not_depend_on_its_company(tiny):
         np.testing.assert_allclose(alone.scores_BQ[0], together.scores_BQ[index], rtol=1e-5)
 
 
-def test_the_number_of_tokens_compiles_nothing(tiny):
+def test_other_rules_and_numbers_of_tokens_compile_nothing(tiny):
     long = _search(tiny, _rows(), max_tokens=8)
-    count = beams_lib.search._cache_size()
-    short = _search(tiny, _rows(), max_tokens=2)
-    assert beams_lib.search._cache_size() == count
+    count = beams_lib._search._cache_size()
+    short = _search(tiny, _rows(), beams_lib.BeamParams(3, -1.0, "never"), max_tokens=2)
+    assert beams_lib._search._cache_size() == count
     assert short.lengths_BQ.max() == 2 and long.lengths_BQ.max() == 8
 
 
