@@ -242,18 +242,19 @@ def _assert_mesh(changes, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, shape",
-    [("gemma3", (1, 1, 1, 1, 2)), ("t5", (1, 2, 1, 1, 2)), ("transformer_2017", (1, 4, 1, 1, 1))],
-)
-def test_every_mesh_finds_what_one_device_finds(name, shape):
-    _assert_mesh(VARIANTS[name], shape)
+def test_a_mesh_finds_what_one_device_finds():
+    _assert_mesh(helpers.T5, (1, 2, 1, 1, 2))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernels_on_a_mesh_find_what_one_device_finds(name):
-    _assert_mesh(KERNELS[name], (1, 2, 1, 1, 2))
+@pytest.mark.parametrize(
+    "changes, shape",
+    [(helpers.GEMMA3, (1, 1, 1, 1, 2)), (helpers.TRANSFORMER_2017, (1, 4, 1, 1, 1))]
+    + [(changes, (1, 2, 1, 1, 2)) for changes in KERNELS.values()],
+    ids=["gemma3", "transformer_2017", *KERNELS],
+)
+def test_every_mesh_finds_what_one_device_finds(changes, shape):
+    _assert_mesh(changes, shape)
 
 
 # --- the cache ------------------------------------------------------------------------------------

@@ -48,13 +48,20 @@ def test_the_command_writes_completions(workdir, tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     base = [f"--workdir={workdir}", "--temperature=0", "--max_tokens=12"]
-    streamed, many, listed, from_rows = _run_commands(
+    streamed, many, listed, from_rows, searched = _run_commands(
         tmp_path,
         [
             [*base, "--prompt=n", "--stop=x"],
             [*base, "--prompt=n", "--num_samples=2"],
             [*base, "--prompts=prompts.txt", "--output=new/samples.jsonl", "--seed=3"],
             [*base, "--prompts=prompts.jsonl", "--output=rows.jsonl", "--step=7"],
+            [
+                *base,
+                "--prompt=n",
+                "--num_beams=2",
+                "--length_penalty=0.6",
+                "--early_stopping=never",
+            ],
         ],
     )
     assert streamed[:2] == (0, "né日🎉\n")
@@ -65,6 +72,10 @@ def test_the_command_writes_completions(workdir, tmp_path):
         "--- 'n', sample 1",
         "né日🎉x n",
     ]
+    assert searched[0] == 0, searched[2]
+    header, text = searched[1].splitlines()  # not streamed: the best is known at the end
+    # Logits are 16 for the letter and 0 for 255 others: 12 * log(1 + 255 / e^16) / 12^0.6 = 0.00008.
+    assert (header, text) == ("--- 'n', sample 0, score -0.0001", "né日🎉x n")
     assert (listed[0], from_rows[0]) == (0, 0), listed[2] + from_rows[2]
     written = (tmp_path / "new/samples.jsonl").read_text(encoding="utf-8").strip().split("\n")
     common = {"step": 7, "seed": 3, "sample": 0}
@@ -107,7 +118,22 @@ def test_errors_are_one_line_with_exit_code_two(workdir, tmp_path):
             [run, "--prompt=a", "--max_tokens=200"],
             [run, "--prompt=a", "--max_tokens=200", "--output=out.jsonl"],
         ],
-        "must be at least 1": [[run, "--prompt=a", "--num_samples=0"]],
+        "must be at least 1": [
+            [run, "--prompt=a", "--num_samples=0"],
+            [run, "--prompt=a", "--num_beams=0"],
+        ],
+        "--num_beams=4 searches and draws nothing: leave out --temperature=0.7, or it": [
+            [run, "--prompt=a", "--num_beams=4", "--temperature=0.7"]
+        ],
+        "leave out --top_k=5": [[run, "--prompt=a", "--num_beams=4", "--top_k=5"]],
+        "leave out --stop": [[run, "--prompt=a", "--num_beams=4", "--stop=x"]],
+        "--num_samples=5: --num_beams=4 searches for 4 texts": [
+            [run, "--prompt=a", "--num_beams=4", "--num_samples=5"]
+        ],
+        "the tokenizer has 256; use --num_beams=128": [[run, "--prompt=a", "--num_beams=200"]],
+        "--length_penalty=0.6 is for a search": [[run, "--prompt=a", "--length_penalty=0.6"]],
+        "--early_stopping=True is for a search": [[run, "--prompt=a", "--early_stopping"]],
+        "use true, false, never": [[run, "--prompt=a", "--early_stopping=soon"]],
     }
     flat = [(message, argv) for message, argvs in cases.items() for argv in argvs]
     results = _run_commands(tmp_path, [argv for _, argv in flat])

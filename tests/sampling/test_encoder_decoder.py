@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import errors
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.sampling import beams as beams_lib
 from llm_jax.sampling import cache as cache_lib
@@ -152,3 +153,15 @@ def test_targets_are_streamed(loaded):
     pieces = []
     (one,) = _texts(loaded, PROMPTS[:1], on_text=pieces.append).values()
     assert "".join(pieces) == one.completion and len(pieces) > 1
+
+
+def test_sources_and_targets_need_room(loaded):
+    with pytest.raises(
+        errors.UserError, match="has 65 tokens, the end among them: .*max_length = 64"
+    ):
+        _texts(loaded, [generate.Prompt("x" * 64)])
+    with pytest.raises(
+        errors.UserError, match="max_tokens=64 and the decoder's start .*=63 at most"
+    ):
+        _texts(loaded, PROMPTS, max_tokens=64)
+    _texts(loaded, [generate.Prompt("x" * 63)], max_tokens=63)

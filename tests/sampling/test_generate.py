@@ -12,6 +12,7 @@ import tokenizers
 
 from llm_jax import errors
 from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.sampling import beams
 from llm_jax.sampling import decode
 from llm_jax.sampling import generate
 from llm_jax.sampling import load
@@ -293,6 +294,12 @@ def test_counts_below_one_are_refused(babbling, name):
 def test_streaming_takes_one_completion(babbling):
     with pytest.raises(errors.UserError, match="one prompt and one sample"):
         _complete(babbling, "a", "b", on_text=print)
+
+
+def test_beams_are_not_streamed(babbling):
+    search = beams.BeamParams(num_beams=2)
+    with pytest.raises(errors.UserError, match="--num_beams=2 searches: the best text is known at"):
+        _complete(babbling, "a", on_text=print, beams=search)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
