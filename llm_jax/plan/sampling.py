@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 
 from llm_jax import config as config_lib
+from llm_jax import errors
 from llm_jax import flops
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
@@ -70,9 +71,19 @@ def plan(
     cache_directory: str | None = None,
     num_processes: int = 1,
 ) -> list[Plan]:
-    """Returns the plans of each config on its slice. Raises as `planner.plan`."""
+    """Returns the plans of each config on its slice.
+
+    Raises:
+      errors.UserError: as `planner.plan`, and for what is no decoder of text.
+    """
     cases = []
     for config, slice_name in pairs:
+        m = config.model
+        if m.architecture != "decoder" or m.head != "lm":
+            raise errors.UserError(
+                f"--sampling plans decoders of text, not model.architecture = {m.architecture!r} with"
+                f" model.head = {m.head!r}"
+            )
         wanted = topology.parse(slice_name)
         kv_heads = sharding.fitting_kv_heads(config.model, sizes.tensor)
         mesh_config = config_lib.MeshConfig(tensor=sizes.tensor, rules="tp", kv_heads=kv_heads)

@@ -22,6 +22,7 @@ from absl import flags
 
 _HERE = pathlib.Path(__file__).parent
 _ALL = ("train_char", "train_gpt2", "tune_bert", "train_t5", "sample_1", "sample_16")
+_ALL += ("write_t5", "beams_t5")
 
 _CASES = flags.DEFINE_list("cases", ",".join(_ALL), "What to measure.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Times that each program is started.")

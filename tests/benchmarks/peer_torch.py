@@ -24,6 +24,9 @@ TRAINED = {
 SAMPLED = {"sample_1": 1, "sample_16": 16}
 # rows, tokens of a row, tokens of a decoder's row
 TUNED = {"tune_bert": (8, 128, 0), "train_t5": (4, 128, 32)}
+# rows, tokens of a source, tokens written, beams
+WRITTEN = {"write_t5": (8, 128, 64, 1), "beams_t5": (4, 128, 64, 4)}
+_T5_BASE = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 
 
 class Block(nn.Module):
@@ -97,8 +100,7 @@ def _tuner(case: str, is_bfloat16: bool):
         model = transformers.BertForSequenceClassification(transformers.BertConfig()).train()
         labels = torch.randint(0, 2, (rows,))
     else:
-        shape = {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
-        config = transformers.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
+        config = transformers.T5Config(**_T5_BASE, dropout_rate=0.0, decoder_start_token_id=0)
         model = transformers.T5ForConditionalGeneration(config).train()
         labels = torch.randint(0, config.vocab_size, (rows, target_length))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
@@ -137,9 +139,34 @@ def _sampler(case: str, is_bfloat16: bool):
     return repeat, batch * _NEW, 2
 
 
+def _writer(case: str, is_bfloat16: bool):
+    """T5-base, greedy or by beams."""
+    import transformers
+
+    rows, length, num_tokens, num_beams = WRITTEN[case]
+    config = transformers.T5Config(**_T5_BASE, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model = model.bfloat16() if is_bfloat16 else model
+    tokens = torch.randint(2, 30_000, (rows, length))
+
+    @torch.no_grad()
+    def repeat() -> None:
+        model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            num_beams=num_beams,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+        )
+
+    return repeat, rows * num_tokens, 2
+
+
 def main() -> None:
     case, dtype = sys.argv[1:]
     make = _trainer if case in TRAINED else _tuner if case in TUNED else _sampler
+    make = _writer if case in WRITTEN else make
     repeat, num_tokens, repeats = make(case, dtype == "bfloat16")
     repeat()
     wall, cpu = [], []

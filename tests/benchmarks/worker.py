@@ -32,10 +32,12 @@ from llm_jax import train_step  # noqa: E402
 from llm_jax.aot import steps  # noqa: E402
 from llm_jax.data import batch as batch_lib  # noqa: E402
 from llm_jax.models import build  # noqa: E402
+from llm_jax.sampling import beams  # noqa: E402
 from llm_jax.sampling import decode  # noqa: E402
 from llm_jax.sampling import samplers  # noqa: E402
 
 _PROMPT, _NEW = 16, 128  # tokens
+_SOURCE, _TARGET = 128, 64  # of an encoder and a decoder
 
 CASES = {
     "train_char": {"batch_size": 12, "sequence_length": 64, "repeats": 60},
@@ -44,14 +46,17 @@ CASES = {
     "train_t5": {"batch_size": 4, "sequence_length": 128, "target_length": 32, "repeats": 4},
     "sample_1": {"batch_size": 1, "repeats": 2},
     "sample_16": {"batch_size": 16, "repeats": 2},
+    "write_t5": {"batch_size": 8, "num_beams": 1, "repeats": 2},
+    "beams_t5": {"batch_size": 4, "num_beams": 4, "repeats": 2},
 }
 
 _CASE = flags.DEFINE_enum("case", None, list(CASES), "What to measure.", required=True)
 
 
 def _config(case: str) -> config_lib.RunConfig:
-    configs = {"train_char": char, "tune_bert": bert_base, "train_t5": t5_base}
-    raw = configs.get(case, gpt2_124m).get_config()
+    configs = {"train_char": char, "tune_bert": bert_base}
+    config = t5_base if case.endswith("t5") else configs.get(case, gpt2_124m)
+    raw = config.get_config()
     raw.model.update(remat="none", dtype="auto", scan_layers=None)
     if case == "tune_bert":
         raw.model.update(head="sequence", use_pooler=True, vocab_size=30_522)
@@ -133,13 +138,44 @@ def _sampler(config: config_lib.RunConfig, batch_size: int):
     return repeat, batch_size * _NEW
 
 
+def _writer(config: config_lib.RunConfig, batch_size: int, num_beams: int):
+    """T5-base on sources of random tokens; no token ends a text."""
+    rules = sharding.axis_rules(config_lib.MeshConfig(rules="tp"))
+    model = jax.jit(lambda key: build.make_model(key, config.model, rules))(jax.random.key(0))
+    model = decode.prepare_model(model)
+    tokens_BS = jax.random.randint(jax.random.key(1), (batch_size, _SOURCE), 2, 30_000)
+    lengths_B = np.full(batch_size, _SOURCE, np.int32)
+    first_B1, starts_B = np.zeros((batch_size, 1), np.int32), np.zeros(batch_size, np.int32)
+    keys_B = jax.random.split(jax.random.key(2), batch_size)
+    params = {"params": samplers.SamplingParams(temperature=0.0)}
+    how = {"eos_id": -1, "pad_id": 0}
+
+    def repeat() -> None:
+        encoded = decode.encode(model, tokens_BS, lengths_B)
+        if num_beams > 1:
+            search = beams.BeamParams(num_beams)
+            sizes = {"num_tokens": _TARGET, "max_tokens": _TARGET}
+            found = beams.search(model, first_B1, starts_B, encoded, params=search, **sizes, **how)
+            jax.block_until_ready(found)
+            return
+        slots = {"num_slots": 1 + _TARGET}
+        state = decode.prefill(model, first_B1, starts_B, keys_B, encoded, **slots, **params, **how)
+        _, tokens_NB = decode.decode(model, state, num_tokens=_TARGET - 1, **params, **how)
+        jax.block_until_ready(tokens_NB)
+
+    return repeat, batch_size * _TARGET
+
+
 def main(argv: list[str]) -> None:
     del argv
     case = _CASE.value
     config = _config(case)
     mesh = mesh_lib.make(config.mesh)
     with jax.set_mesh(mesh):
-        if not case.startswith("sample"):
+        if case in ("write_t5", "beams_t5"):
+            sizes = CASES[case]
+            repeat, num_tokens = _writer(config, sizes["batch_size"], sizes["num_beams"])
+        elif not case.startswith("sample"):
             repeat, num_tokens = _trainer(config, mesh)
         else:
             repeat, num_tokens = _sampler(config, CASES[case]["batch_size"])

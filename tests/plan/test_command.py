@@ -30,6 +30,10 @@ def _number(text, pattern):
         (("--config=configs/tiny.py",), "config.slice = cpu"),
         ((*_SMALL, "--search", "--batch_sizes=a"), "--batch_sizes=a"),
         ((*_SMALL, "--sampling", "--tensor=3"), "config.mesh"),
+        (
+            ("--config=configs/tiny_t5.py", "--slice=v5e:2x2", "--sampling"),
+            "plans decoders of text, not model.architecture = 'encoder_decoder'",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments, said):
