@@ -47,7 +47,7 @@ def _search_table(table, params, max_tokens):
         log_probs_BQV = [[_look_up(table, b, tokens) for tokens in tokens_BQN[b]] for b in rows]
         log_probs_BQV = jnp.asarray(log_probs_BQV)
         beams, _ = _advance(beams, log_probs_BQV, params.rule(), eos_id=EOS, max_tokens=max_tokens)
-    return beams.finished
+    return beams
 
 
 def _assert_hypotheses(found, row, wanted):
@@ -71,7 +71,7 @@ def test_a_search_gives_what_its_definition_does(
 ):
     table = _table(num_beams, eos_bonus)
     params = beams_lib.BeamParams(num_beams, length_penalty, early_stopping)
-    found = _search_table(table, params, max_tokens)
+    found = _search_table(table, params, max_tokens).finished
     lengths = set()
     for row in range(ROWS):
         wanted = beam_oracle.search(
@@ -92,7 +92,7 @@ def test_as_many_beams_as_texts_find_the_most_probable_text():
     params = beams_lib.BeamParams(num_beams=9, length_penalty=0.0)
     table = np.concatenate([table, np.full((*table.shape[:4], 8), -1e30, np.float32)], axis=-1)
     table[..., EOS] = -1e30
-    found = _search_table(table, params, max_tokens)
+    found = _search_table(table, params, max_tokens).finished
     for row in range(2):
         best = beam_oracle.best_of_all(
             functools.partial(_look_up, table, row), num_ids=3, max_tokens=max_tokens
@@ -101,14 +101,17 @@ def test_as_many_beams_as_texts_find_the_most_probable_text():
 
 
 def test_stopping_rules_differ():
-    """Else the tests above could not tell one from another."""
+    """Else the tests above could not tell one from another; and a search ends when all rows have."""
     table = _table(3, 3.0)
-    scores = [
-        np.asarray(_search_table(table, beams_lib.BeamParams(3, 1.5, early), 9).scores_BQ)
+    found = {
+        early: _search_table(table, beams_lib.BeamParams(3, 1.5, early), 9)
         for early in (False, True, "never")
-    ]
-    assert not np.allclose(scores[0], scores[1])
-    assert not np.allclose(scores[0], scores[2])
+    }
+    scores = {early: np.asarray(beams.finished.scores_BQ) for early, beams in found.items()}
+    assert not np.allclose(scores[False], scores[True])
+    assert not np.allclose(scores[False], scores["never"])
+    num_full = max(int(jnp.max(found[True].finished.lengths_BQ)), 1)
+    assert int(found[True].num_generated) == num_full < int(found["never"].num_generated)
 
 
 # --- models ---------------------------------------------------------------------------------------
