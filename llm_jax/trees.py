@@ -1,6 +1,7 @@
 """Trees of arrays as nested dicts by name, and fingerprints of what they hold."""
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import jax
@@ -40,8 +41,37 @@ def from_nested(target: Any, nested: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(pick, target)
 
 
+# A CPU holds the words that it sums over in memory, so it is given pieces of an array.
+_PIECE_ELEMENTS = 1 << 20
+
+
 def _fingerprint(x: jax.Array) -> jax.Array:
     x = jax.device_put(x, jax.memory.Space.Device)  # from the host's memory, if it is there
+    pieces = _num_pieces(x)
+    if pieces == 1:
+        return _sum_of_bits(x, jnp.uint32(0))
+    x = x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
+    stride = jnp.uint32(math.prod(x.shape[1:]) % (1 << 32))
+
+    def add(total, piece_and_number):
+        piece, number = piece_and_number
+        return total + _sum_of_bits(piece, number * stride), None
+
+    numbers = jnp.arange(pieces, dtype=jnp.uint32)
+    return jax.lax.scan(add, jnp.uint32(0), (x, numbers))[0]
+
+
+def _num_pieces(x: jax.Array) -> int:
+    """Returns how many pieces of the first dimension are summed one after the other."""
+    if x.size <= _PIECE_ELEMENTS or jax.typeof(x).sharding.spec[0] is not None:
+        return 1
+    length = x.shape[0]
+    enough = -(-x.size // _PIECE_ELEMENTS)
+    return next((n for n in range(enough, length) if length % n == 0), length)
+
+
+def _sum_of_bits(x: jax.Array, start: jax.Array) -> jax.Array:
+    """Returns the sum of the hashed elements of `x`, whose places are counted from `start`."""
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
     # Each element is hashed together with its place, so that an exchange of two shows as well: a
@@ -51,7 +81,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
         shape = [1] * x.ndim
         shape[dim] = size
         index = index * jnp.uint32(size) + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
-    return jnp.sum(_mix(words + index * jnp.uint32(2654435761)), dtype=jnp.uint32)
+    return jnp.sum(_mix(words + (index + start) * jnp.uint32(2654435761)), dtype=jnp.uint32)
 
 
 def _mix(x: jax.Array) -> jax.Array:

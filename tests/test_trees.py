@@ -55,6 +55,23 @@ def test_fingerprints_show_exchanged_rows_and_signs_of_zero():
     assert _fingerprint(np.zeros(3, np.float32)) != _fingerprint(-np.zeros(3, np.float32))
 
 
+def test_fingerprints_of_pieces_sum_to_that_of_the_whole(monkeypatch):
+    """Checkpoints of before there were pieces stay valid."""
+    rng = np.random.default_rng(0)
+    shapes = [(7, 3, 5), (50, 4), (13,), (6, 1, 40)]
+    mesh, rules = helpers.make_mesh((1, 2, 1, 1, 4), rules="fsdp_tp")
+    arrays = {str(shape): jnp.asarray(rng.standard_normal(shape)) for shape in shapes}
+    arrays["bfloat16"] = jnp.asarray(rng.standard_normal((9, 8)), jnp.bfloat16)
+    for dims, shape in {"VD": (8, 10), "LDF": (5, 4, 8)}.items():
+        target = jax.sharding.NamedSharding(mesh, rules.param(dims))
+        arrays[dims] = jax.device_put(rng.standard_normal(shape).astype(np.float32), target)
+    whole = trees.fingerprints(arrays)
+    monkeypatch.setattr(trees, "_PIECE_ELEMENTS", 8)
+    trees._fingerprints.clear_cache()
+    assert trees.fingerprints(arrays) == whole
+    trees._fingerprints.clear_cache()
+
+
 def test_names_in_nested_trees_come_back():
     config = helpers.tiny_run_config(optim={"name": "muon"})
     mesh, rules = helpers.make_mesh()
