@@ -212,7 +212,15 @@ class Stack(nnx.Module):
         Generation reads every weight for every token: taking a layer out of the stack inside the
         loop would copy it each time, so it is done once, before.
         """
-        return [_layer(self.layers, index) for index in range(self.num_layers)]
+        return [_taken(self.layers, index) for index in range(self.num_layers)]
+
+
+@jax.jit
+def _taken(stacked: Any, index: int) -> Any:
+    """As `_layer`, but one program for all of them: hundreds of slices in one take seconds to compile."""
+    return jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False), stacked
+    )
 
 
 def _layer(stacked: Any, index: int) -> Any:

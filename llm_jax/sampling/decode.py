@@ -49,24 +49,36 @@ def trunk_of(model: decoder.Decoder | encoder_decoder.EncoderDecoder) -> trunk.T
     return model.decoder if isinstance(model, encoder_decoder.EncoderDecoder) else model
 
 
-@jax.jit
 def prepare_model(model: decoder.Decoder | encoder_decoder.EncoderDecoder) -> CachedModel:
     """Returns the model as generation wants it: cast and taken apart once instead of every token."""
+    model = _cast(model)
+    return CachedModel(_without_layers(model), trunk_of(model).stack.unstacked())
 
+
+@jax.jit
+def _cast(
+    model: decoder.Decoder | encoder_decoder.EncoderDecoder,
+) -> decoder.Decoder | encoder_decoder.EncoderDecoder:
     def cast(path, leaf):
         # What is computed with in float32 stays: vectors, norms of heads, biases by distance.
         names = {getattr(entry, "name", None) for entry in path}
         is_exact = len(dims.of_path(path)) < 2 or names & {"relative", "q_norm", "k_norm"}
         return leaf if is_exact else leaf.astype(model.config.dtype)
 
-    model = jax.tree_util.tree_map_with_path(cast, model)
-    blocks = trunk_of(model).stack.unstacked()
+    return jax.tree_util.tree_map_with_path(cast, model)
+
+
+@jax.jit
+def _without_layers(
+    model: decoder.Decoder | encoder_decoder.EncoderDecoder,
+) -> decoder.Decoder | encoder_decoder.EncoderDecoder:
+    """Returns the model with an empty stack where it generates."""
     prefix = ".decoder.stack." if isinstance(model, encoder_decoder.EncoderDecoder) else ".stack."
 
-    def without_layers(path, leaf):
+    def emptied(path, leaf):
         return leaf[:0] if jax.tree_util.keystr(path).startswith(prefix) else leaf
 
-    return CachedModel(jax.tree_util.tree_map_with_path(without_layers, model), blocks)
+    return jax.tree_util.tree_map_with_path(emptied, model)
 
 
 @jax.jit
