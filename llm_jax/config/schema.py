@@ -137,7 +137,7 @@ class DataConfig:
     too_long: str = (
         "truncate"  # examples that no row holds: truncate (a warning counts them) | refuse
     )
-    tokenizer: str = "bytes"  # bytes | bpe:PATH | train_bpe:VOCAB_SIZE | sentencepiece:PATH
+    tokenizer: str = "bytes"  # | bpe:PATH | train_bpe:SIZE | sentencepiece:PATH | workdir:PATH
     batch_size: int = 8  # sequences in one optimiser step, over all devices
     sequence_length: int = 256  # tokens
     packing: str = "packed"  # concat: documents see each other; none: one example a row

@@ -18,7 +18,7 @@ from llm_jax.data import token_ids
 from llm_jax.data import tokenizer_base
 from llm_jax.data import tokenizer_kinds
 
-SPECS = ("bytes", "bpe:PATH", "train_bpe:VOCAB_SIZE", "sentencepiece:PATH")
+SPECS = ("bytes", "bpe:PATH", "train_bpe:VOCAB_SIZE", "sentencepiece:PATH", "workdir:PATH")
 
 # The interface, and what `train_bpe:` specs do, under the names that callers know.
 Tokenizer = tokenizer_base.Tokenizer
@@ -85,6 +85,8 @@ def load(spec: str) -> Tokenizer:
         return bpe.load(pathlib.Path(argument).expanduser())
     if kind == "sentencepiece" and argument:
         return _load_sentencepiece(pathlib.Path(argument).expanduser())
+    if kind == "workdir" and argument:
+        return _of_workdir(argument)
     if kind == "train_bpe":
         trained_size(spec)
         raise errors.UserError(
@@ -112,6 +114,13 @@ def trained_size(spec: str) -> int | None:
             " (256 bytes and the end of text), as in train_bpe:8192"
         )
     return int(argument)
+
+
+def _of_workdir(workdir: str) -> Tokenizer:
+    """Returns the tokenizer of a run's newest checkpoint, such as that of a converted model."""
+    from llm_jax import checkpoint  # it stands on the models, of which most tokenizers know nothing
+
+    return checkpoint.read_latest(workdir, None, lambda _, meta: from_dict(meta.tokenizer))
 
 
 def _load_sentencepiece(path: pathlib.Path) -> tokenizer_kinds.SentencePiece:
