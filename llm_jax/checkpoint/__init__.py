@@ -21,6 +21,7 @@ depend on how it is sharded.
 """
 
 from llm_jax.checkpoint.arrays import on_mesh
+from llm_jax.checkpoint.arrays import params_reader
 from llm_jax.checkpoint.arrays import restore_params
 from llm_jax.checkpoint.folder import BEST
 from llm_jax.checkpoint.folder import directory
@@ -50,6 +51,7 @@ __all__ = [
     "differences",
     "directory",
     "on_mesh",
+    "params_reader",
     "parse_step",
     "read_latest",
     "read_meta",

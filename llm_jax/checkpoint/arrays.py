@@ -1,5 +1,6 @@
 """The arrays of a checkpoint, read onto any mesh and held to their fingerprints."""
 
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -64,6 +65,37 @@ def restore_params(
     return trees.from_nested(model, read_arrays(step_dir, meta, targets)[contents.PARAMS])
 
 
+def params_reader(
+    step_dir: epath.Path, meta: meta_lib.Meta, model: Any
+) -> Callable[[str], jax.Array]:
+    """Returns what reads one parameter by its path, onto one device; the function raises DamagedError.
+
+    Args:
+      step_dir: folder of one step.
+      meta: of that step.
+      model: abstract model of its config.
+
+    Raises:
+      DamagedError, errors.UserError: as `restore_params`.
+    """
+    wanted = contents.of_tree({contents.PARAMS: trees.to_nested(model)})
+    mismatch.check_params(step_dir, meta, wanted)
+
+    def read(path: str) -> jax.Array:
+        path = f"{contents.PARAMS}/{path}"
+        value = _read_one(step_dir, path, wanted[path])
+        _check_fingerprint(meta, path, value)
+        return value
+
+    return read
+
+
+def _check_fingerprint(meta: meta_lib.Meta, path: str, value: jax.Array) -> None:
+    (fingerprint,) = trees.fingerprints({"array": value}).values()
+    if meta.fingerprints.get(path) != fingerprint:
+        raise meta_lib.DamagedError(f"array {path} is not what was saved (fingerprint differs)")
+
+
 def damaged(step_dir: epath.Path, meta: meta_lib.Meta, arrays: contents.Arrays) -> list[str]:
     """Reads arrays one by one onto one device; returns a line for each that is not whole.
 
@@ -76,9 +108,10 @@ def damaged(step_dir: epath.Path, meta: meta_lib.Meta, arrays: contents.Arrays) 
         except meta_lib.DamagedError as error:
             lines.append(f"array {path} cannot be read: {error}")
             continue
-        (fingerprint,) = trees.fingerprints({"array": value}).values()
-        if meta.fingerprints.get(path) != fingerprint:
-            lines.append(f"array {path} is not what was saved (fingerprint differs)")
+        try:
+            _check_fingerprint(meta, path, value)
+        except meta_lib.DamagedError as error:
+            lines.append(str(error))
     return lines
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from etils import epath
+import jax
 import orbax.checkpoint as ocp
 
 from llm_jax import config as config_lib
@@ -11,6 +12,10 @@ from llm_jax import trees
 from llm_jax.checkpoint import contents
 from llm_jax.checkpoint import folder
 from llm_jax.checkpoint import meta as meta_lib
+
+# Arrays are written in pieces, one array at a time: else the host would hold all of them once more.
+_PIECE_BYTES = 1 << 24
+_FILE_BYTES = 1 << 26
 
 
 def check_new(workdir: str) -> None:
@@ -30,6 +35,7 @@ def save_params(
     tokenizer: dict[str, Any],
     params: dict[str, Any],
     source: dict[str, Any] | None = None,
+    labels: list[str] | None = None,
 ) -> epath.Path:
     """Writes parameters as the checkpoint of step 0; returns its folder when it is whole.
 
@@ -39,6 +45,7 @@ def save_params(
       tokenizer: as `Tokenizer.to_dict` makes it.
       params: nested dicts by name, of arrays on a mesh.
       source: where they came from, for `Meta.source`.
+      labels: names of classes, for `Meta.labels`.
 
     Raises:
       errors.UserError: the folder has checkpoints.
@@ -55,12 +62,23 @@ def save_params(
         arrays=contents.of_tree(parts),
         mesh=contents.mesh_of(parts),
         source=source,
+        labels=labels,
     )
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE_BYTES), params)
     args = ocp.args.Composite(
-        params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta_lib.make_record(meta))
+        params=ocp.args.PyTreeSave(
+            params, save_args=pieces, ocdbt_target_data_file_size=_FILE_BYTES
+        ),
+        meta=ocp.args.JsonSave(meta_lib.make_record(meta)),
     )
+    # The limit has to be above the largest array.
+    limit_gb = 1.01 * max(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e9
+    params_handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=limit_gb, save_device_host_concurrent_gb=limit_gb
+    )
+    handlers = {contents.PARAMS: params_handler, meta_lib.META: ocp.JsonCheckpointHandler()}
     step_dir = folder.directory(workdir) / str(meta.step)
     # Orbax writes beside it and renames.
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         checkpointer.save(step_dir, args=args)
     return step_dir

@@ -68,6 +68,7 @@ def as_json(
             "step": meta.step,
             "eval_loss": _finite(meta.eval_loss),
             "versions": meta.versions,
+            "source": meta.source and {key: meta.source[key] for key in ("family", "path")},
             "tokenizer": _tokenizer(meta.tokenizer),
             "config": config_lib.to_dict(meta.config),
         }
@@ -107,7 +108,7 @@ def _header(found: inspection.Inspection) -> str:
     rows = [("checkpoint", str(found.step_dir))]
     if meta is not None:
         rows += [
-            ("step", f"{meta.step} of {meta.config.train.num_steps}"),
+            _origin(meta),
             ("evaluation", _loss(meta.eval_loss)),
             ("tokenizer", _tokenizer_line(meta.tokenizer)),
             *([("labels", ", ".join(meta.labels))] if meta.labels else []),
@@ -123,6 +124,13 @@ def _header(found: inspection.Inspection) -> str:
     else:
         rows.append(("whole", "its record is, and its index is there; --verify reads the arrays"))
     return _table(rows + _steps(found.steps))
+
+
+def _origin(meta: meta_lib.Meta) -> tuple[str, str]:
+    """Returns how far the run was, or what was converted."""
+    if meta.source is None:
+        return "step", f"{meta.step} of {meta.config.train.num_steps}"
+    return "converted", f"from {meta.source['path']} ({meta.source['family']})"
 
 
 def _steps(steps: Sequence[inspection.Step]) -> list[tuple[str, str]]:

@@ -121,6 +121,13 @@ class Plan:
         shape = tuple(self.params[path].shape)
         return shape[1:] if _is_stacked(path) else shape
 
+    def by_row(self) -> dict[table.Row, list[str]]:
+        """Returns the names of the tensors of each row: those that are of the same parameters."""
+        names: dict[table.Row, list[str]] = {}
+        for name, slot in self.slots.items():
+            names.setdefault(slot.row, []).append(name)
+        return names
+
     def extras(self) -> dict[str, str | table.Constant]:
         """Returns the tensors that a file may hold beside: what each equals."""
         found: dict[str, str | table.Constant] = {
@@ -155,7 +162,7 @@ def check(plan: Plan, infos: Infos, where: str) -> None:
             misshapen.setdefault(shapes, []).append(name)
     strange = [name for name in plan.slots if name in infos and not _is_floating(infos[name].dtype)]
     problems = [f"missing: {grouped(missing)}"] if missing else []
-    problems += [f"unknown: {grouped(unknown)}"] if unknown else []
+    problems += [f"unknown (--skip leaves some out): {grouped(unknown)}"] if unknown else []
     problems += [f"of shape {shapes}: {grouped(names)}" for shapes, names in misshapen.items()]
     problems += [f"no floating-point numbers: {grouped(strange)}"] if strange else []
     if problems:
@@ -263,12 +270,19 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 # --- out of a model -------------------------------------------------------------------------------
 
 
-def theirs(plan: Plan, name: str) -> np.ndarray:
-    """Returns the tensor that a plan of a model with values has under a canonical name."""
+def theirs(plan: Plan, name: str, params: Mapping[str, jax.Array] | None = None) -> np.ndarray:
+    """Returns the tensor that a model has under a canonical name.
+
+    Args:
+      plan: of the model.
+      name: of the tensor.
+      params: those that the tensor is of, by path; None: they are the plan's own.
+    """
     slot = plan.slots[name]
+    params = plan.params if params is None else params
     pieces = []
     for part in slot.row.parts:
-        leaf = plan.params[part.path]
+        leaf = params[part.path]
         value = leaf if slot.layer is None else _layer(leaf, np.int32(slot.layer))
         pieces.append(part.to_theirs(np.asarray(value)))
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, slot.row.axis)

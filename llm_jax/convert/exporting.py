@@ -1,6 +1,6 @@
 """From a workdir to a folder that Hugging Face loads."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 import dataclasses
 import json
 import logging
@@ -35,6 +35,8 @@ _METADATA = {
 DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
+ReadParam = Callable[[str], jax.Array]  # a parameter by its path
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -63,27 +65,26 @@ def export_model(
     if folder.exists() and any(folder.iterdir()):
         raise errors.UserError(f"{folder} is not empty: use another folder")
     mesh_config = config_lib.MeshConfig(rules="fsdp")
-    mesh, rules = mesh_lib.make(mesh_config), sharding.axis_rules(mesh_config)
+    rules = sharding.axis_rules(mesh_config)
+    mesh = mesh_lib.make(mesh_config, jax.devices()[:1])
 
     def read(step_dir: epath.Path, meta: checkpoint.Meta) -> str:
         with jax.set_mesh(mesh):
             abstract = build.abstract_model(meta.config.model, rules)
-            family = _family(meta, abstract, options.family)
-            Export(meta, family, abstract, options)  # refuses before anything is read
-            model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
-            export = Export(meta, family, model, options)
-            _write_whole(folder, export)
+        family = _family(meta, abstract, options.family)
+        export = Export(meta, family, abstract, options)
+        _write_whole(folder, export, checkpoint.params_reader(step_dir, meta, abstract))
         return f"{step_dir}, as {family.model_type} in {export.dtype}, is {folder}"
 
     return checkpoint.read_latest(workdir, step, read)
 
 
-def _write_whole(folder: pathlib.Path, export: "Export") -> None:
+def _write_whole(folder: pathlib.Path, export: "Export", read: ReadParam) -> None:
     """Writes beside the folder, which gets its name when all is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        export.write(temporary)
+        export.write(temporary, read)
         temporary.chmod(0o755)  # mkdtemp's is the owner's alone
         temporary.replace(folder)
     finally:
@@ -122,17 +123,19 @@ def _family(meta: checkpoint.Meta, abstract: Any, asked: str | None) -> table.Fa
 class Export:
     """A model on its way out: its files decided, its tensors not read."""
 
-    def __init__(self, meta: checkpoint.Meta, family: table.Family, model: Any, options: Options):
-        """Args: of the checkpoint, the family to write, the model (abstract or not), the choices.
+    def __init__(
+        self, meta: checkpoint.Meta, family: table.Family, abstract: Any, options: Options
+    ):
+        """Args: of the checkpoint, the family to write, the abstract model, the choices.
 
         Raises:
           errors.UserError: the family has no such model.
         """
         source = meta.source if meta.source and meta.source["family"] == family.model_type else {}
         self._source, self._family, self._options = source, family, options
-        self._model_config = meta.config.model
+        self._model_config, self._labels = meta.config.model, meta.labels
         self._tokenizer = tokenizer_lib.from_dict(meta.tokenizer)
-        self._plan = engine.Plan(family, meta.config.model, model)
+        self._plan = engine.Plan(family, meta.config.model, abstract)
         self._naming = engine.Naming(**source.get("naming", {}))
         self._extras = {
             name: origin
@@ -155,14 +158,19 @@ class Export:
         if not original:
             theirs = {"model_type": self._family.model_type} | theirs
             theirs |= tokenizer_files.special_ids(self._tokenizer)
+        if self._labels is not None:
+            theirs |= settings.of_labels(self._labels)
         keys = [key for key in _DTYPE_KEYS if key in theirs]
         if not original or (keys and self._options.dtype is not None):
             theirs |= dict.fromkeys(keys or ["torch_dtype"], self.dtype)
         return theirs
 
     def _dtype_of(self, name: str) -> np.dtype:
-        dtypes = {} if self._options.dtype is not None else self._source.get("dtypes", {})
-        return tensors_lib.dtype_of(dtypes.get(name, self.dtype))
+        is_constant = isinstance(self._extras.get(name), table.Constant)
+        if self._options.dtype is not None and not is_constant:
+            return tensors_lib.dtype_of(self.dtype)
+        usual = self._source.get("dtype", self.dtype)
+        return tensors_lib.dtype_of(self._source.get("dtypes", {}).get(name, usual))
 
     def _infos(self) -> dict[str, tensors_lib.TensorInfo]:
         """Returns what is to be written, by canonical names, the widest numbers first."""
@@ -181,28 +189,31 @@ class Export:
         order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
         return {name: infos[name] for name in order}
 
-    def write(self, folder: pathlib.Path) -> None:
-        """Writes all files into an empty folder."""
+    def write(self, folder: pathlib.Path, read: ReadParam) -> None:
+        """Writes all files into an empty folder, of one tensor's parameters after the other's."""
         infos = self._infos()
         spelled = {name: self._naming.spelled(name, self._family) for name in infos}
-
-        def values() -> Iterator[tuple[str, np.ndarray]]:
-            for name, info in infos.items():
-                yield spelled[name], self._tensor(name).astype(info.dtype, copy=False)
-
-        tensors_lib.write(
+        writer = tensors_lib.Writer(
             folder,
             {spelled[name]: info for name, info in infos.items()},
-            values(),
             self._source.get("metadata") or _METADATA,
             self._options.max_shard_bytes,
         )
+
+        def put(name: str, array: np.ndarray) -> None:
+            writer.put(spelled[name], array.astype(infos[name].dtype, copy=False))
+
+        for row, names in self._plan.by_row().items():
+            params = {part.path: read(part.path) for part in row.parts}
+            for name in names:
+                array = engine.theirs(self._plan, name, params)
+                put(name, array)
+                for alias in [n for n, origin in self._extras.items() if origin == name]:
+                    put(alias, array)
+        for name, origin in self._extras.items():
+            if isinstance(origin, table.Constant):
+                put(name, origin.make(self._model_config))
+        writer.close()
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         tokenizer_files.write(folder, self._source.get("files", {}), self._tokenizer)
-
-    def _tensor(self, name: str) -> np.ndarray:
-        origin = self._extras.get(name, name)
-        if isinstance(origin, table.Constant):
-            return origin.make(self._model_config)
-        return engine.theirs(self._plan, origin)

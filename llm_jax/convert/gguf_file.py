@@ -78,10 +78,7 @@ def open_file(path: pathlib.Path, has_tokenizer: bool) -> source_lib.Source:
     tokenizer = gguf_tokenizer.read(metadata) if has_tokenizer else None
     files = {} if tokenizer is None else gguf_tokenizer.files(metadata, tokenizer)
     config |= gguf_tokenizer.special_ids(metadata)
-    spec = config_lib.DataConfig().tokenizer
-    return source_lib.Source(
-        path, config, tensors, {"format": "pt"}, tokenizer and (tokenizer, spec), files
-    )
+    return source_lib.Source(path, config, tensors, {"format": "pt"}, tokenizer, files)
 
 
 class Tensors:

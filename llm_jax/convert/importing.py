@@ -8,6 +8,7 @@ import logging
 import math
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 
@@ -155,8 +156,8 @@ class Conversion:
             "dtypes": {n: d for n, d in dtypes.items() if d != usual},
         }
 
-    def tokenizer(self) -> tuple[tokenizer_lib.Tokenizer, str]:
-        """Returns the tokenizer, one of ids alone if there is no other, and its spec."""
+    def tokenizer(self) -> tokenizer_lib.Tokenizer:
+        """Returns the tokenizer; one of ids alone if there is no other."""
         if self._source.tokenizer is not None:
             return self._source.tokenizer
         vocab_size = self.model_config.vocab_size
@@ -165,8 +166,15 @@ class Conversion:
             value = self._source.config.get(key)
             return value if isinstance(value, int) and 0 <= value < vocab_size else otherwise
 
-        ids = token_ids.TokenIds(vocab_size, known("eos_token_id", -1), known("pad_token_id", 0))
-        return ids, config_lib.DataConfig().tokenizer
+        eos_id, pad_id = known("eos_token_id", -1), known("pad_token_id", 0)
+        return token_ids.TokenIds(vocab_size, eos_id, pad_id)
+
+    def labels(self) -> list[str] | None:
+        """Returns the names of the classes; None where the model has none."""
+        names = self._source.config.get("id2label")
+        if names is None or self.model_config.head not in settings.LABELLED:
+            return None
+        return [names[number] for number in sorted(names, key=int)]
 
     @property
     def num_parameters(self) -> int:
@@ -198,16 +206,18 @@ def import_model(source: source_lib.Source, workdir: str, options: Options) -> s
             f" --tokenizer={tokenizer_files.NONE} for a model whose texts are ids"
         )
     mesh_config = config_lib.MeshConfig(rules="fsdp")
-    mesh, rules = mesh_lib.make(mesh_config), sharding.axis_rules(mesh_config)
+    rules = sharding.axis_rules(mesh_config)
+    # However many there are, the checkpoint restores on any mesh.
+    mesh = mesh_lib.make(mesh_config, jax.devices()[:1])
     conversion = Conversion(source, options, mesh, rules)
-    tokenizer, spec = conversion.tokenizer()
+    tokenizer = conversion.tokenizer()
     model = conversion.model_config
     data, objective = config_lib.DataConfig(), config_lib.ObjectiveConfig()
     config = config_lib.RunConfig(
         model=model,
         data=dataclasses.replace(
             data,
-            tokenizer=spec,
+            tokenizer=f"workdir:{epath.Path(workdir).expanduser().absolute()}",
             sequence_length=min(data.sequence_length, model.max_length),
         ),
         objective=dataclasses.replace(
@@ -218,7 +228,12 @@ def import_model(source: source_lib.Source, workdir: str, options: Options) -> s
     )
     config_lib.check(config)
     step_dir = checkpoint.save_params(
-        workdir, config, tokenizer.to_dict(), conversion.params(), conversion.record()
+        workdir,
+        config,
+        tokenizer.to_dict(),
+        conversion.params(),
+        conversion.record(),
+        conversion.labels(),
     )
     return (
         f"{source.path}, {conversion.family.model_type} with {conversion.num_parameters:,} parameters in"

@@ -7,6 +7,7 @@ none of them can say, in either direction, is an error that names it.
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import itertools
 import logging
@@ -41,8 +42,17 @@ _COMMON = (
     *("is_encoder_decoder", "is_decoder", "cache_implementation", "prefix", "pruned_heads"),
 )
 
+# Where a size of ours may be None, what it is then.
+_SIZES = {
+    "num_kv_heads": "kv_heads",
+    "head_dim": "head_width",
+    "mlp_dim": "mlp_width",
+    "num_decoder_layers": "decoder_layers",
+}
+
 # Read by training and by nothing else: where a family has no such setting, that is said and no error.
 _TRAINING = ("dropout", "attention_dropout")
+LABELLED = ("sequence", "token")  # heads with a number of labels
 # How a model is computed, not which it is.
 _RUNTIME = ("dtype", "param_dtype", "attention", "attention_chunk", "scan_layers", "remat")
 _IRRELEVANT = (*_TRAINING, *_RUNTIME, "init_stddev")
@@ -88,7 +98,8 @@ class Same:
 
     def write(self, model: config_lib.ModelConfig, original: Json) -> Ours:
         del original
-        return {self.key: getattr(model, self.ours)}
+        # Theirs leave sizes out in fewer places than ours.
+        return {self.key: getattr(model, _SIZES.get(self.ours, self.ours))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +234,7 @@ class Heads:
             raise errors.UserError(f"architectures = {name!r}{hint} (llm_jax has {known})")
         labels = theirs.get("id2label")
         num_labels = theirs.get("num_labels", 2) if labels is None else len(labels)
-        is_labelled = self.classes[name]["head"] in ("sequence", "token")
+        is_labelled = self.classes[name]["head"] in LABELLED
         return dict(self.classes[name]) | ({"num_labels": num_labels} if is_labelled else {})
 
     def write(self, model: config_lib.ModelConfig, original: Json) -> Ours:
@@ -236,14 +247,18 @@ class Heads:
         if not fitting:
             heads = ", ".join(dict.fromkeys(repr(ours["head"]) for ours in self.classes.values()))
             raise errors.UserError(f"config.model.head = {model.head!r} (it has {heads})")
-        if model.head not in ("sequence", "token"):
-            return {"architectures": fitting[:1]}
-        labels = [f"LABEL_{i}" for i in range(model.num_labels)]
-        return {
-            "architectures": fitting[:1],
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
+        theirs = {"architectures": fitting[:1]}
+        if model.head in LABELLED:
+            theirs |= of_labels([f"LABEL_{i}" for i in range(model.num_labels)])
+        return theirs
+
+
+def of_labels(labels: Sequence[str]) -> Ours:
+    """Returns what a `config.json` says of classes."""
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
 
 
 def to_ours(
@@ -267,6 +282,9 @@ def to_ours(
             ours |= setting.read(theirs, names)
         except errors.UserError as error:
             problems.append(str(error))
+        except (TypeError, ValueError, AttributeError) as error:  # null, or text, for a number
+            values = ", ".join(f"{key} = {theirs.get(key)!r}" for key in setting.theirs)
+            problems.append(f"{values} ({error})")
     if problems:
         raise errors.UserError(f"{where} cannot be represented: {'; '.join(problems)}")
     known = {*_COMMON, *itertools.chain.from_iterable(s.theirs for s in settings)}
@@ -275,9 +293,21 @@ def to_ours(
         _LOG.warning("%s has settings that llm_jax does not know: %s", where, ", ".join(unknown))
     try:
         shortest = {"data": {"sequence_length": 1}, "objective": {"target_length": 1}}
-        return config_lib.from_dict({"model": ours} | shortest).model
+        return _shortened(config_lib.from_dict({"model": ours} | shortest).model)
     except errors.UserError as error:
         raise errors.UserError(f"{where}: {error}") from error
+
+
+def _shortened(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
+    """Returns the config without the sizes that follow from others, as one writes it by hand."""
+    follow = {
+        "num_kv_heads": m.num_heads,
+        "head_dim": m.embed_dim / m.num_heads,
+        "mlp_dim": 4 * m.embed_dim,
+        "num_decoder_layers": m.num_layers,
+    }
+    following = [name for name, value in follow.items() if getattr(m, name) == value]
+    return dataclasses.replace(m, **dict.fromkeys(following))
 
 
 def to_theirs(
@@ -357,7 +387,7 @@ def canonical(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
         "num_decoder_layers": m.decoder_layers,
     }
     is_llama3, has_local = m.rope_scaling == "llama3", "L" in pattern
-    is_lm, has_labels = m.head == "lm", m.head in ("sequence", "token")
+    is_lm, has_labels = m.head == "lm", m.head in LABELLED
     effective = {
         ("rope_theta", "rope_fraction", "rope_scaling"): m.positions == "rope",
         ("rope_local_theta",): m.positions == "rope" and has_local,

@@ -21,7 +21,7 @@ class Source:
       config: the content of its `config.json`.
       tensors: all of them.
       metadata: of the files of tensors.
-      tokenizer: and its `data.tokenizer` spec; None where there is none.
+      tokenizer: None where there is none.
       files: that are kept beside it, as `tokenizer_files.kept` gives them.
     """
 
@@ -29,7 +29,7 @@ class Source:
     config: Mapping[str, Any]
     tensors: tensors_lib.Tensors
     metadata: Mapping[str, str]
-    tokenizer: tuple[tokenizer_lib.Tokenizer, str] | None
+    tokenizer: tokenizer_lib.Tokenizer | None
     files: tokenizer_files.Files
 
 
@@ -48,7 +48,9 @@ def open_folder(folder: pathlib.Path, has_tokenizer: bool) -> Source:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise errors.UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise errors.UserError(f"{path} is no JSON object")
     tensors = tensors_lib.Safetensors(folder)
     tokenizer = tokenizer_files.read(folder, config) if has_tokenizer else None
-    files = tokenizer_files.kept(folder, None if tokenizer is None else tokenizer[0])
+    files = tokenizer_files.kept(folder, tokenizer)
     return Source(folder, config, tensors, tensors.metadata, tokenizer, files)

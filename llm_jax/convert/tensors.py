@@ -6,12 +6,12 @@ the library's writer takes all tensors at once, and its reader maps files into m
 how much a conversion takes. Tests hold both to the library.
 """
 
-from collections.abc import Iterator
 from collections.abc import Mapping
 import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 from typing import BinaryIO
 from typing import Protocol
@@ -129,7 +129,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(others) == 1:
+    if len(others) == 1 and not re.search(r"-of-\d+\.", others[0]):
         return [folder / others[0]]
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if others:
@@ -194,39 +194,62 @@ def split(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, Ten
     return shards
 
 
-def write(
-    folder: pathlib.Path,
-    infos: Mapping[str, TensorInfo],
-    tensors: Iterator[tuple[str, np.ndarray]],
-    metadata: Mapping[str, str],
-    max_bytes: int,
-) -> None:
-    """Writes a model's tensors as they come.
+class Writer:
+    """Writes a model's tensors as they come, in any order."""
 
-    Args:
-      folder: where, an empty one.
-      infos: of all of them, in the order in which they come.
-      tensors: names and values.
-      metadata: of the files.
-      max_bytes: of a shard; what fits into one is a single file.
-    """
-    shards = split(infos, max_bytes)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE]
-    for file_name, shard in zip(names, shards):
-        with (folder / file_name).open("wb") as file:
-            _write_header(file, shard, metadata)
-            for name, info in shard.items():
-                given, array = next(tensors)
-                if given != name or TensorInfo(array.shape, array.dtype) != info:
-                    raise ValueError(f"{given} {array.dtype}{array.shape} came for {name} {info}")
-                np.ascontiguousarray(array).tofile(file)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
-            "weight_map": {name: file for file, shard in zip(names, shards) for name in shard},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        infos: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        max_bytes: int,
+    ):
+        """Makes files of the full size.
+
+        Args:
+          folder: where, an empty one.
+          infos: of all tensors, in the order in which files have them.
+          metadata: of the files.
+          max_bytes: of a shard; what fits into one is a single file.
+        """
+        self._places: dict[str, _Place] = {}
+        shards = split(infos, max_bytes)
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        names = names if len(shards) > 1 else [SINGLE]
+        for name, shard in zip(names, shards):
+            self._make_file(folder / name, shard, metadata)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
+                "weight_map": {name: file for file, shard in zip(names, shards) for name in shard},
+            }
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _make_file(
+        self, path: pathlib.Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+    ) -> None:
+        with path.open("wb") as file:
+            _write_header(file, infos, metadata)
+            offset = file.tell()
+            for name, info in infos.items():
+                self._places[name] = _Place(path, offset, info)
+                offset += info.num_bytes
+            file.truncate(offset)
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        """Writes a tensor, once; it has to be of the shape and dtype that were promised."""
+        place = self._places[name]
+        if TensorInfo(array.shape, array.dtype) != place.info:
+            raise ValueError(f"{name} is {array.dtype}{array.shape}, not {place.info}")
+        with place.file.open("r+b") as file:
+            file.seek(place.offset)
+            np.ascontiguousarray(array).tofile(file)
+        del self._places[name]
+
+    def close(self) -> None:
+        """Checks that every tensor has come."""
+        if self._places:
+            raise ValueError(f"{', '.join(self._places)} never came")
 
 
 def _write_header(

@@ -39,10 +39,8 @@ NONE = "none"  # as `--tokenizer`: ids alone
 Files = dict[str, dict[str, str]]  # name -> {"text": ...} or {"base64": ...}
 
 
-def read(
-    folder: pathlib.Path, config: Mapping[str, Any]
-) -> tuple[tokenizer_lib.Tokenizer, str] | None:
-    """Returns the tokenizer of a model's folder and its `data.tokenizer` spec; None if it has none.
+def read(folder: pathlib.Path, config: Mapping[str, Any]) -> tokenizer_lib.Tokenizer | None:
+    """Returns the tokenizer of a model's folder; None if it has none.
 
     Args:
       folder: of the model.
@@ -53,14 +51,14 @@ def read(
     """
     definition = _definition(folder)
     if definition is not None:
-        return _of_definition(definition, folder, config), f"bpe:{folder}"
+        return _of_definition(definition, folder, config)
     for name in _PIECES:
         if (folder / name).is_file():
             loaded = tokenizer_lib.load(f"sentencepiece:{folder / name}")
             settings = _json(folder / _SETTINGS)
             # Llama's and Gemma's begin texts with it, unless they say otherwise.
             has_bos = settings.get("add_bos_token", name == _PIECES[0])
-            return loaded.with_bos() if has_bos else loaded, f"sentencepiece:{folder / name}"
+            return loaded.with_bos() if has_bos else loaded
     return None
 
 

@@ -41,7 +41,7 @@ def test_sentence_embeddings_are_those_that_are_published(folder):
     mesh, rules = helpers.make_mesh()
     source = source_lib.open_folder(folder, has_tokenizer=True)
     conversion = importing.Conversion(source, importing.Options(), mesh, rules)
-    tokenizer, _ = conversion.tokenizer()
+    tokenizer = conversion.tokenizer()
     special = tokenizer.special_tokens
     rows = [
         [special["[CLS]"], *map(int, tokenizer.encode(text)), special["[SEP]"]] for text in _TEXTS
