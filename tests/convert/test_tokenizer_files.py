@@ -2,7 +2,10 @@
 
 import io
 import json
+import pathlib
+import tarfile
 
+import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -15,6 +18,8 @@ from llm_jax.convert import importing
 from llm_jax.convert import source as source_lib
 from llm_jax.convert import tokenizer_files
 from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.sampling import generate
+from tests import assets
 from tests.convert import folders
 
 CORPUS = ["Fellow-citizens of the Senate, it is 1790: naïve — or not?"] * 20
@@ -71,6 +76,8 @@ def test_a_beginning_of_texts_is_kept_and_put_before_prompts(byte_level, tmp_pat
     assert read.bos_id == bos
     again = tokenizer_lib.from_dict(json.loads(json.dumps(read.to_dict())))
     assert again.bos_id == bos and bos not in again.encode("x")
+    row = generate._Row(generate.Prompt("x"), 0, again, (), None)
+    assert row.ids.tolist() == [bos, *again.encode("x")]
 
 
 def test_broken_files_are_told(tmp_path, byte_level):
@@ -216,6 +223,34 @@ def test_ggufs_sentencepiece_is_the_model_it_was_made_of(pieces):
         assert read.encode(text).tolist() == library.encode(text)
     assert (read.bos_id, read.eos_id, read.pad_id, read.vocab_size) == (1, 2, 2, 330)
     assert gguf_tokenizer.read(metadata | {"tokenizer.ggml.add_bos_token": False}).bos_id is None
+
+
+@pytest.mark.long
+def test_ggufs_tokenizers_equal_llama_cpps(tmp_path):
+    """By the vocabularies and the texts that llama.cpp tests its own with."""
+    package = assets.pip(
+        "llama-cpp-python",
+        "0.3.36",
+        sha256="832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+        options=("--no-binary=:all:",),
+    )
+    names = ("gpt-2", "llama-bpe", "llama-spm", "refact", "starcoder")
+    files = [f"ggml-vocab-{name}.gguf{end}" for name in names for end in ("", ".inp", ".out")]
+    with tarfile.open(package) as archive:
+        for member in archive.getmembers():
+            if member.isfile() and pathlib.Path(member.name).name in files:
+                member.name = pathlib.Path(member.name).name
+                archive.extract(member, tmp_path, filter="data")
+    for name in names:
+        path = tmp_path / f"ggml-vocab-{name}.gguf"
+        fields = gguf.GGUFReader(path).fields
+        read = gguf_tokenizer.read({key: field.contents() for key, field in fields.items()})
+        texts = (tmp_path / f"{path.name}.inp").read_text(encoding="utf-8")
+        texts = texts.split("\n__ggml_vocab_test__\n")
+        lines = (tmp_path / f"{path.name}.out").read_text().split("\n")
+        assert len(texts) == len(lines) == 47
+        for text, line in zip(texts, lines):
+            assert read.encode(text).tolist() == [int(i) for i in line.split()], (name, text)
 
 
 @pytest.mark.parametrize(
