@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 import jax
 from jax import ad_checkpoint
+from jax.experimental import layout
 import jax.numpy as jnp
 
 from llm_jax import config as config_lib
@@ -197,6 +198,8 @@ class Stack(nnx.Module):
 
         def body(x_BTD, layer_key_and_place):
             layer, layer_key, is_first = layer_key_and_place
+            # Left to itself, XLA may lay the states out with tokens innermost, and copy them in each layer.
+            x_BTD = layout.with_layout_constraint(x_BTD, layout.Layout((0, 1, 2)))
             x_BTD = ad_checkpoint.checkpoint_name(x_BTD, "block_input")
             x_BTD, _ = layer(x_BTD, context, layer_key, is_normalised=is_first)
             return x_BTD
