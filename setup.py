@@ -60,5 +60,7 @@ setuptools.setup(
             "ruff>=0.12",
             "safetensors>=0.6",  # what ours is held to; goldens are in its format
         ],
+        # What conversions are held to, and timed beside.
+        "live": ["torch>=2.6", "transformers>=5.0"],
     },
 )

@@ -46,8 +46,12 @@ class Imported:
 
 @functools.cache
 def load(name: str) -> Imported:
-    """Returns a variant converted, in float32, on one device."""
-    golden = goldens.load(name)
+    """Returns a committed golden, converted."""
+    return convert(goldens.load(name))
+
+
+def convert(golden: goldens.Golden) -> Imported:
+    """Returns a golden converted, in float32, on one device."""
     mesh, rules = helpers.make_mesh()
     source = source_lib.open_folder(golden.folder, has_tokenizer=False)
     conversion = importing.Conversion(source, importing.Options(has_tokenizer=False), mesh, rules)
@@ -107,9 +111,8 @@ def _counts(one: Imported, side: str) -> np.ndarray | None:
     return one.golden.outputs[f"{side}/attention_mask"] > 0
 
 
-def logits(name: str) -> float:
+def logits(one: Imported) -> float:
     """Compares the logits of rows padded on either side."""
-    one = load(name)
     differences = []
     # A classifier reads the first token, which padding on the left would be.
     for side in ("right",) if one.config.head == "sequence" else ("right", "left"):
@@ -132,9 +135,8 @@ def _states(trunk: trunk_lib.Trunk, x_BTD: jax.Array, contexts: tuple) -> list[j
     return states
 
 
-def hidden(name: str) -> float:
+def hidden(one: Imported) -> float:
     """Compares the states between all layers."""
-    one = load(name)
     model, (args, inputs) = one.model, _inputs(one, "right")
     with jax.set_mesh(helpers.make_mesh()[0]):
         if one.config.architecture != "encoder_decoder":
@@ -169,9 +171,8 @@ def _loss(model, args, inputs, counts, targets) -> jax.Array:
     return -jnp.sum(jnp.where(counts, chosen, 0.0)) / jnp.sum(counts)
 
 
-def gradients(name: str) -> float:
+def gradients(one: Imported) -> float:
     """Compares the loss, and its gradient for every tensor, by Hugging Face's names."""
-    one = load(name)
     outputs, (args, inputs) = one.golden.outputs, _inputs(one, "right")
     targets, mask = outputs["targets"], outputs["right/attention_mask"] > 0
     if one.config.head == "sequence":
@@ -230,9 +231,9 @@ def _assert_same_text(actual: np.ndarray, wanted: np.ndarray) -> None:
     assert not actual[:, wanted.shape[1] :].any()  # padding
 
 
-def greedy(name: str) -> float:
+def greedy(one: Imported) -> float:
     """Compares greedy text, with an end and without, token by token."""
-    one, outputs = load(name), goldens.load(name).outputs
+    outputs = one.golden.outputs
     num_tokens = goldens.NUM_NEW_TOKENS
     with jax.set_mesh(helpers.make_mesh()[0]):
         model, (tokens_BT, starts_B, encoded) = _prompts(one)
@@ -254,9 +255,9 @@ def greedy(name: str) -> float:
     return 0.0
 
 
-def beam_search(name: str) -> float:
+def beam_search(one: Imported) -> float:
     """Compares the texts of beam search token by token, and returns how far their scores are apart."""
-    one, outputs = load(name), goldens.load(name).outputs
+    outputs = one.golden.outputs
     eos_id, differences = int(outputs["eos_id"].item()), []
     with jax.set_mesh(helpers.make_mesh()[0]):
         model, prompts = _prompts(one)
@@ -285,9 +286,8 @@ def beam_search(name: str) -> float:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def export(name: str) -> float:
+def export(one: Imported) -> float:
     """Compares what the converted model is written back as with the golden's own tensors, bit by bit."""
-    one = load(name)
     plan = engine.Plan(one.conversion.family, one.config, one.model)
     theirs = safetensors_numpy.load_file(one.golden.folder / "model.safetensors")
     written = {one.conversion.naming.spelled(key, one.conversion.family) for key in plan.slots}
@@ -303,14 +303,14 @@ def export(name: str) -> float:
 class Check:
     """A column of the table: what is compared, for which variants, and how far apart it may be."""
 
-    compare: Callable[[str], float]
+    compare: Callable[[Imported], float]
     names: tuple[str, ...]
     tolerance: float
 
 
 _GENERATING = goldens.DECODERS + goldens.ENCODER_DECODERS
 CHECKS = {
-    "export": Check(export, goldens.NAMES, 0.0),
+    "import and export": Check(export, goldens.NAMES, 0.0),
     "logits": Check(logits, goldens.NAMES, 1e-5),
     "hidden states": Check(hidden, goldens.NAMES, 1e-5),
     # Both sides round: up to 3.7e-5 was seen, in norms' scales of a few rows.
@@ -331,7 +331,7 @@ def table() -> str:
             if name not in check.names:
                 cells.append("-")
                 continue
-            difference = check.compare(name)
+            difference = check.compare(load(name))
             assert difference <= check.tolerance, (name, cells, difference)
             cells.append("same" if check.tolerance == 0.0 else f"{difference:.1e}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -50,6 +50,10 @@ class Golden:
 @functools.cache
 def load(name: str) -> Golden:
     """Returns a variant's golden."""
-    folder = FOLDER / name
+    return read(name, FOLDER / name)
+
+
+def read(name: str, folder: pathlib.Path) -> Golden:
+    """Returns the golden of a variant that a folder holds."""
     outputs = safetensors_numpy.load_file(folder / "outputs.safetensors")
     return Golden(name, folder, json.loads((folder / "config.json").read_text()), outputs)

@@ -7,6 +7,7 @@ tests read the files with `goldens.py` and need neither torch nor transformers.
 
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 from safetensors import numpy as safetensors_numpy
@@ -174,16 +175,16 @@ ENCODERS = ("bert", "bert_classifier", "modernbert")
 ENCODER_DECODERS = ("t5_v1_0", "t5_v1_1", "marian")
 
 
-def make_model(name: str) -> torch.nn.Module:
+def make_model(name: str, settings: dict[str, Any], seed: int) -> torch.nn.Module:
     """Returns a variant with every parameter random, norms and biases included."""
-    architecture, config_class, settings = VARIANTS[name]
+    architecture, config_class, _ = VARIANTS[name]
     settings = dict(settings)
     if "layer_types" in settings:
         settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     config = getattr(transformers, config_class)(**settings)
     config._attn_implementation = "eager"
     model = getattr(transformers, architecture)(config).eval()
-    rng = np.random.default_rng(sorted(VARIANTS).index(name))
+    rng = np.random.default_rng(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             # Norms that scale by 1 + weight start at 0; all others at 1.
@@ -196,7 +197,8 @@ def make_model(name: str) -> torch.nn.Module:
             if "embed_positions" not in key:  # Marian's are sinusoids
                 parameter.copy_(torch.tensor(drawn, dtype=torch.float32))
         if name == "marian":
-            model.final_logits_bias.copy_(torch.tensor(0.3 * rng.standard_normal((1, VOCAB))))
+            bias = 0.3 * rng.standard_normal((1, config.vocab_size))
+            model.final_logits_bias.copy_(torch.tensor(bias))
     return model
 
 
@@ -210,13 +212,15 @@ def padded(rows: list[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def inputs_of(name: str, rng: np.random.Generator, side: str, rows) -> dict[str, torch.Tensor]:
+def inputs_of(
+    name: str, model, rng: np.random.Generator, side: str, rows
+) -> dict[str, torch.Tensor]:
     """Returns what a variant's forward pass takes of the rows."""
     ids, mask = padded(rows, side)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if name in ENCODER_DECODERS:
         decoder_ids = rng.integers(3, VOCAB, (len(rows), TARGET_LENGTH))
-        decoder_ids[:, 0] = VARIANTS[name][2]["decoder_start_token_id"]
+        decoder_ids[:, 0] = model.config.decoder_start_token_id
         inputs["decoder_input_ids"] = decoder_ids
     elif name in ENCODERS:
         if name != "modernbert":
@@ -285,7 +289,7 @@ def outputs(name: str, model) -> dict[str, np.ndarray]:
     targets = torch.tensor(rng.integers(3, VOCAB, (len(rows), LENGTH)))
     result = {"targets": targets.numpy()}
     for side in ("left", "right"):
-        inputs = inputs_of(name, np.random.default_rng(101), side, rows)
+        inputs = inputs_of(name, model, np.random.default_rng(101), side, rows)
         out = model(**inputs, output_hidden_states=True)
         result |= {f"{side}/{key}": value.numpy() for key, value in inputs.items()}
         result[f"{side}/logits"] = out.logits.detach().numpy()
@@ -306,10 +310,9 @@ def outputs(name: str, model) -> dict[str, np.ndarray]:
     return result
 
 
-def write(name: str) -> None:
-    """Writes a variant's folder."""
-    folder = FOLDER / name
-    model = make_model(name)
+def write(name: str, folder: pathlib.Path, settings: dict[str, Any], seed: int) -> None:
+    """Writes a variant's folder, its parameters drawn from a seed."""
+    model = make_model(name, settings, seed)
     results = outputs(name, model)
     model.generation_config = transformers.GenerationConfig()
     model.save_pretrained(folder)
@@ -323,8 +326,8 @@ def write(name: str) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in VARIANTS:
-        write(name)
+    for name, (_, _, settings) in VARIANTS.items():
+        write(name, FOLDER / name, settings, seed=sorted(VARIANTS).index(name))
         print(name, flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
