@@ -55,7 +55,7 @@ test-fast: $(STAMP)
 	$(PYTEST) -m 'not slow and not long'
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

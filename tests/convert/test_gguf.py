@@ -207,7 +207,7 @@ def smollm2(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_gives_the_known_logits(smollm2):
     mesh, rules = helpers.make_mesh()
 
@@ -229,14 +229,14 @@ def test_smollm2_gives_the_known_logits(smollm2):
     np.testing.assert_allclose(logits_V[top], known, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_writes_the_known_text(smollm2, tmp_path):
     flags = [f"--workdir={smollm2}", f"--prompt={PROMPT}", "--temperature=0", "--max_tokens=2"]
     ((code, text, _),) = commands.run("llm_jax.sampling.__main__", tmp_path, [flags])
     assert (code, text) == (0, f"{PROMPT} Paris.\n")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_becomes_a_folder_of_hugging_faces(smollm2, tmp_path):
     folder = folders.export(smollm2, tmp_path / "model", dtype="bfloat16")
     config = folders.config_of(folder)

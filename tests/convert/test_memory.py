@@ -75,7 +75,7 @@ def _write_llama(folder: pathlib.Path) -> dict[str, tensors.TensorInfo]:
     return infos
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count is Linux's")
 def test_the_host_holds_the_model_and_two_tensors(tmp_path):
     small = folders.copy("llama2", tmp_path / "small")

@@ -178,6 +178,16 @@ def pairs(*names):
 PAIRS = pairs()
 
 
+def mostly_long(cases, *kept):
+    """Marks kernels that take tens of seconds in interpret mode as `long`, but for the cases of these names."""
+    return [
+        pytest.param(
+            *case, marks=[pytest.mark.long] if case[1] == "pallas" and case[0] not in kept else []
+        )
+        for case in cases
+    ]
+
+
 @pytest.mark.parametrize("name, implementation", PAIRS)
 def test_attention_equals_the_oracle(name, implementation):
     case, extra = named(name)
@@ -223,14 +233,18 @@ _PLAINER = ("packed", "prefix", "sinks", "causal")
 
 @pytest.mark.parametrize(
     "name, implementation, sizes",
-    [
-        (*pair, _ROWS_AND_HEADS)
-        for pair in pairs(*(f"everything{x}" for x in ("", "_t5", "_array")), *_PLAINER)
-    ]
-    + [
-        (*pair, _QUERIES_AND_HEADS)
-        for pair in pairs("offset_t5", "offset_array", "offset_packed", "offset_everything")
-    ]
+    mostly_long(
+        [
+            (*pair, _ROWS_AND_HEADS)
+            for pair in pairs(*(f"everything{x}" for x in ("", "_t5", "_array")), *_PLAINER)
+        ]
+        + [
+            (*pair, _QUERIES_AND_HEADS)
+            for pair in pairs("offset_t5", "offset_array", "offset_packed", "offset_everything")
+        ],
+        "everything_array",
+        "offset_packed",
+    )
     + [
         ("offset_everything", implementation, _GROUPS)
         for implementation in ("reference", "chunked", "pallas")
@@ -279,7 +293,8 @@ def test_bfloat16_stays_bfloat16(name, implementation):
 
 
 @pytest.mark.parametrize(
-    "name, implementation", pairs(*(name for name in CASES if name.startswith("offset")))
+    "name, implementation",
+    mostly_long(pairs(*(name for name in CASES if name.startswith("offset"))), "offset_everything"),
 )
 def test_an_offset_may_be_traced(name, implementation):
     case, extra = named(name)
@@ -365,7 +380,10 @@ def test_scores_that_do_not_fit_are_named(extra, shape):
     assert str(shape) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["causal", "packed", "everything", "everything_t5"])
+@pytest.mark.parametrize(
+    "name",
+    ["causal", "packed", "everything", pytest.param("everything_t5", marks=pytest.mark.long)],
+)
 def test_gradients_that_do_not_fit_at_once_are_made_in_two_runs(name):
     """Of the queries and of the keys, each by a run of the kernel."""
     case, extra = named(name)

@@ -136,7 +136,7 @@ def test_any_rows(layout, num_queries, score, data):
     _assert_oracle(case, layout, "pallas")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(st.data())
 def test_any_shapes(data):

@@ -40,7 +40,9 @@ def _gradient(case, extra, mask=None):
     return jax.jit(jax.value_and_grad(loss))(suite.parameters_of(case), mask)
 
 
-@pytest.mark.parametrize("name", ["packed", "everything", "everything_t5"])
+@pytest.mark.parametrize(
+    "name", ["packed", "everything", pytest.param("everything_t5", marks=pytest.mark.long)]
+)
 def test_prepared_tables_change_nothing(name):
     case, extra = suite.named(name)
     prepared = _prepared(case, jnp.zeros((B, T)))

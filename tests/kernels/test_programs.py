@@ -10,7 +10,7 @@ from llm_jax.kernels.costing import programs
 from llm_jax.kernels.costing import shapes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not topology.is_available(), reason="libtpu is optional")
 def test_documents_cost_less_than_a_causal_row_and_nothing_is_guessed():
     causal = shapes.Attention(batch=1, length=2048, heads=2)

@@ -66,7 +66,9 @@ def _cases(draw):
 @pytest.mark.slow
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(_cases())
-@pytest.mark.parametrize("implementation", ["chunked", "pallas"])
+@pytest.mark.parametrize(
+    "implementation", ["chunked", pytest.param("pallas", marks=pytest.mark.long)]
+)
 def test_result_and_gradients_equal_the_oracles(implementation, drawn):
     case, extra = drawn
     run = suite.attend(case, extra, implementation)

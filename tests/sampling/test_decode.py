@@ -325,7 +325,7 @@ def test_kernels_on_a_mesh_give_the_tokens_of_one_device_without(loaded):
 
 
 @pytest.mark.parametrize("kv_heads, tensor", [(1, 4), (2, 4)], ids=["multi_query", "grouped"])
-@pytest.mark.parametrize("attention", ["auto", "pallas"])
+@pytest.mark.parametrize("attention", ["auto", pytest.param("pallas", marks=pytest.mark.long)])
 def test_key_heads_fewer_than_devices_are_held_by_each(kv_heads, tensor, attention):
     changes = {"num_heads": 8, "num_kv_heads": kv_heads, "attention": attention}
     on_mesh = _loaded((1, 2, 1, 1, tensor), **changes)
