@@ -54,7 +54,7 @@ class Block(nnx.Module):
         rules: sharding.AxisRules,
         has_cross: bool = False,
     ):
-        attention_key, mlp_key = jax.random.split(key)
+        attention_key, mlp_key, cross_key = jax.random.split(key, 3)
         self.placement, self.dropout = config.norm_placement, config.dropout
         has_norm = config.norm_placement != "output"
         has_output_norm = config.norm_placement in ("output", "sandwich")
@@ -66,7 +66,6 @@ class Block(nnx.Module):
         self.attention = attention.Attention(attention_key, config, rules)
         self.attention_output_norm = norm(has_output_norm)
         self.cross_norm = norm(has_cross and has_norm)
-        cross_key = jax.random.fold_in(key, 1)
         self.cross_attention = (
             attention.CrossAttention(cross_key, config, rules) if has_cross else None
         )
@@ -94,25 +93,27 @@ class Block(nnx.Module):
           is_normalised: whether `x_BTD` enters attention as it is; None: it does not.
           encoder_cache: keys and values of an encoder's tokens; None: of `context.encoder_BSD`.
         """
-        keys = (None,) * 2 if key is None else jax.random.split(key)
-        more = [None if key is None else jax.random.fold_in(key, i) for i in range(3)]
+        # Of what is dropped inside and after each branch.
+        inside = after = (None,) * 3
+        if key is not None:
+            inside, after = jax.random.split(key, (2, 3))
 
         def attend(h_BTD):
             nonlocal cache
-            h_BTD, cache = self.attention(h_BTD, context, more[0], cache)
+            h_BTD, cache = self.attention(h_BTD, context, inside[0], cache)
             return h_BTD
 
         norms = (self.attention_norm, self.attention_output_norm)
-        x_BTD = self._add(x_BTD, attend, *norms, keys[0], context, is_normalised)
+        x_BTD = self._add(x_BTD, attend, *norms, after[0], context, is_normalised)
         if self.cross_attention is not None:
 
             def attend_to_encoder(h_BTD):
-                return self.cross_attention(h_BTD, context, more[1], encoder_cache)
+                return self.cross_attention(h_BTD, context, inside[1], encoder_cache)
 
             norms = (self.cross_norm, self.cross_output_norm)
-            x_BTD = self._add(x_BTD, attend_to_encoder, *norms, more[2], context)
+            x_BTD = self._add(x_BTD, attend_to_encoder, *norms, after[1], context)
         norms = (self.mlp_norm, self.mlp_output_norm)
-        return self._add(x_BTD, self.mlp, *norms, keys[1], context), cache
+        return self._add(x_BTD, self.mlp, *norms, after[2], context), cache
 
     def _add(
         self,

@@ -1,11 +1,16 @@
 """Encoder-decoders: who sees whom across the two, packing, padding and implementations."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llm_jax.data import batch as batch_lib
+from llm_jax.models import attention
+from llm_jax.models import layers
 from tests import helpers
 
 T, S = 8, 12
@@ -113,3 +118,39 @@ def test_an_encoder_and_a_decoder_have_their_own_number_of_layers():
     assert model.encoder.stack.layers.mlp.up_DF.shape[0] == 2
     assert model.decoder.stack.layers.mlp.up_DF.shape[0] == 3
     assert model.encoder.stack.layers.cross_attention is None
+
+
+def test_no_parameters_begin_alike(one_device):
+    config = helpers.tiny_model_config(**helpers.T5 | {"num_layers": 1, "num_decoder_layers": 1})
+    config = dataclasses.replace(config, mlp_dim=config.embed_dim)
+    model = helpers.make_model(config, helpers.make_mesh()[1])
+    leaves = [np.asarray(leaf).ravel() for leaf in jax.tree.leaves(model) if leaf.ndim > 2]
+    alike = [
+        abs(np.corrcoef(a, b)[0, 1])
+        for a, b in itertools.combinations(leaves, 2)
+        if a.size == b.size
+    ]
+    assert len(alike) > 20 and max(alike) < 0.4
+
+
+def test_each_branch_drops_by_a_key_of_its_own(one_device, monkeypatch):
+    seen = []
+
+    def recording(function, place):
+        def call(*args, **kwargs):
+            key = args[place]
+            seen.append(tuple(np.asarray(jax.random.key_data(key))))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(layers, "dropout", recording(layers.dropout, 2))
+    for module in (attention.Attention, attention.CrossAttention):
+        monkeypatch.setattr(module, "__call__", recording(module.__call__, 3))
+    model = _model(**helpers.T5, scan_layers=False, dropout=0.5, attention_dropout=0.5)
+    batch = helpers.random_batch(helpers.tiny_run_config(helpers.T5))
+    inputs = batch_lib.model_inputs(batch)
+    model.hidden(batch.tokens, batch.positions, batch.segments, jax.random.key(0), **inputs)
+    # Three branches of a decoder's layers, two of an encoder's, each inside and after; and the ends.
+    assert len(seen) >= 3 * (2 * 2 + 1) + 2 * (2 + 1)
+    assert len(set(seen)) == len(seen)
