@@ -1,4 +1,4 @@
-"""Checkpoints of parameters alone: what is generated with, evaluated and trained further, not resumed."""
+"""Checkpoints of parameters alone: what is generated with and evaluated, not resumed."""
 
 from typing import Any
 

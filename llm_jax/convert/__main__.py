@@ -76,6 +76,8 @@ def _export(source: str, target: str) -> str:
         raise errors.UserError(f"--max_shard_size={given.max_shard_size}: use a size such as 5GB")
     num_bytes = int(size[1]) * _UNITS[size[2] or ""]
     options = exporting.Options(given.family, given.dtype, num_bytes)
+    if "://" in target:
+        raise errors.UserError(f"{target}: models are written to local folders; copy it from there")
     folder = pathlib.Path(target).expanduser().absolute()
     return exporting.export_model(source, folder, checkpoint.parse_step(given.step), options)
 

@@ -96,7 +96,7 @@ class Plan:
         self.slots: dict[str, Slot] = {}
         placed: set[str] = set()
         for row in family.rows:
-            if row.is_of(self.params):
+            if row.is_of(self.params, config.head):
                 placed |= {part.path for part in row.parts}
                 self._add(row)
         homeless = sorted(self.params.keys() - placed)

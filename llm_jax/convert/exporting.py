@@ -59,9 +59,11 @@ def export_model(
     """Writes a checkpoint as a model's folder; returns a line that says what was done.
 
     Raises:
-      errors.UserError: there is no such checkpoint, the folder is not empty, or the family has no such
-        model.
+      errors.UserError: there is no such checkpoint, the folder is a file or not empty, or the family has
+        no such model.
     """
+    if folder.exists() and not folder.is_dir():
+        raise errors.UserError(f"{folder} is a file: name a folder that is to be made")
     if folder.exists() and any(folder.iterdir()):
         raise errors.UserError(f"{folder} is not empty: use another folder")
     mesh_config = config_lib.MeshConfig(rules="fsdp")

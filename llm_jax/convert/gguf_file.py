@@ -201,10 +201,12 @@ def _shortest(value: float) -> float:
 def _rope_scaling(
     path: pathlib.Path, config: Mapping[str, Any], get: Any, factors: np.ndarray | None
 ) -> dict[str, Any] | None:
-    kind = get("rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": _shortest(get("rope.scaling.factor"))}
-    if kind != "none":
+    # As llama.cpp reads them: linear where no type is said, by a factor that has an older name, too.
+    kind = get("rope.scaling.type", "linear")
+    factor = get("rope.scaling.factor") or get("rope.scale_linear") or 1.0
+    if kind == "linear" and factor != 1.0:
+        return {"rope_type": "linear", "factor": _shortest(factor)}
+    if kind not in ("linear", "none"):
         raise errors.UserError(f"{path}: {_ARCHITECTURE}.rope.scaling.type = {kind!r} is not known")
     if factors is None:
         return None

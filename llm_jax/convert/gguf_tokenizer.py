@@ -65,17 +65,21 @@ def read(metadata: Mapping[str, Any]) -> tokenizer_lib.Tokenizer:
             f"tokenizer.ggml.model = {kind!r} (llm_jax reads 'gpt2' and 'llama'); give"
             f" --tokenizer={tokenizer_files.NONE} for ids alone"
         )
-    if metadata.get("tokenizer.ggml.eos_token_id") is None:
-        raise errors.UserError("tokenizer.ggml.eos_token_id is missing")
     pre = metadata.get("tokenizer.ggml.pre", "default" if kind == "llama" else None)
     has_bos = metadata.get("tokenizer.ggml.add_bos_token", pre in _WITH_BOS)
-    if kind == "llama":
-        return _sentencepiece(metadata, has_bos)
-    if pre not in _PRE_TOKENIZERS:
+    if kind == "gpt2" and pre not in _PRE_TOKENIZERS:
         raise errors.UserError(
             f"tokenizer.ggml.pre = {pre!r} (llm_jax knows how {', '.join(_PRE_TOKENIZERS)} cut text); give"
             f" --tokenizer={tokenizer_files.NONE} for ids alone"
         )
+    needed = ["eos_token_id", "tokens", "token_type", "merges" if kind == "gpt2" else "scores"]
+    missing = [name for name in needed if metadata.get(f"tokenizer.ggml.{name}") is None]
+    if missing:
+        raise errors.UserError(f"tokenizer.ggml lacks {', '.join(missing)}")
+    if has_bos and kind == "gpt2" and metadata.get("tokenizer.ggml.bos_token_id") is None:
+        raise errors.UserError("tokenizer.ggml.bos_token_id is missing, with which texts begin")
+    if kind == "llama":
+        return _sentencepiece(metadata, has_bos)
     return _byte_level(metadata, _PRE_TOKENIZERS[pre], has_bos)
 
 
@@ -189,5 +193,8 @@ def _sentencepiece(metadata: Mapping[str, Any], has_bos: bool) -> tokenizer_kind
     )
     proto.normalizer_spec.escape_whitespaces = True
     model = proto.SerializeToString()
-    sentencepiece.SentencePieceProcessor(model_proto=model)  # raises here, not when text comes
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise errors.UserError(f"tokenizer.ggml is no SentencePiece model: {error}") from error
     return tokenizer_kinds.SentencePiece(model, has_bos=has_bos)

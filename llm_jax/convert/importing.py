@@ -77,11 +77,16 @@ class Conversion:
         where = str(source.path)
         self.family = family_of(source.config, where)
         self.naming = engine.naming(self.family, source.tensors.infos)
-        self._spelled = {
-            self.naming.canonical(name, self.family): name
-            for name in source.tensors.infos
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skipped)
-        }
+        self._spelled: dict[str, str] = {}
+        for name in source.tensors.infos:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.skipped):
+                continue
+            canonical = self.naming.canonical(name, self.family)
+            if canonical in self._spelled:
+                raise errors.UserError(
+                    f"{where}: {self._spelled[canonical]} and {name} are names of one tensor: --skip one"
+                )
+            self._spelled[canonical] = name
         self._infos = {name: source.tensors.infos[n] for name, n in self._spelled.items()}
         model = settings.to_ours(
             self.family.settings, source.config, self._spelled, f"{where}/config.json"
@@ -158,9 +163,16 @@ class Conversion:
 
     def tokenizer(self) -> tokenizer_lib.Tokenizer:
         """Returns the tokenizer; one of ids alone if there is no other."""
-        if self._source.tokenizer is not None:
-            return self._source.tokenizer
         vocab_size = self.model_config.vocab_size
+        if self._source.tokenizer is not None:
+            if self._source.tokenizer.vocab_size > vocab_size:
+                _LOG.warning(
+                    "%s: the tokenizer has %d tokens and the model %d: texts with the last ones are refused",
+                    self._source.path,
+                    self._source.tokenizer.vocab_size,
+                    vocab_size,
+                )
+            return self._source.tokenizer
 
         def known(key: str, otherwise: int) -> int:
             value = self._source.config.get(key)
@@ -174,7 +186,12 @@ class Conversion:
         names = self._source.config.get("id2label")
         if names is None or self.model_config.head not in settings.LABELLED:
             return None
-        return [names[number] for number in sorted(names, key=int)]
+        try:
+            return [names[number] for number in sorted(names, key=int)]
+        except (TypeError, ValueError) as error:
+            raise errors.UserError(
+                f"{self._source.path}/config.json: id2label = {names!r} does not number labels"
+            ) from error
 
     @property
     def num_parameters(self) -> int:
@@ -242,5 +259,5 @@ def import_model(source: source_lib.Source, workdir: str, options: Options) -> s
 
 
 def _objective(model: config_lib.ModelConfig) -> str:
-    """Returns what a run that goes on from here would predict."""
+    """Returns what `evaluate` scores."""
     return model.head if model.head in config_lib.OBJECTIVES else _OBJECTIVES[model.architecture]

@@ -24,6 +24,18 @@ _SCALINGS: dict[str, dict[str, str]] = {
 _TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
+_ROPE_KEYS = ("rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+
+def _check_rope(theirs: settings.Json) -> None:
+    if theirs.get("rope_parameters") and theirs.get("rope_scaling"):
+        raise errors.UserError("rope_parameters and rope_scaling are both there: leave one out")
+    if theirs.get("partial_rotary_factor") not in (None, 1.0):
+        raise errors.UserError(
+            f"partial_rotary_factor = {theirs['partial_rotary_factor']!r} (llm_jax has 1.0 alone)"
+        )
+
+
 def _read_scaling(raw: Mapping[str, Any], where: str, length: int | None) -> settings.Ours:
     """Returns our fields of a dict such as `rope_scaling`, which may hold the base as well."""
     kind = raw.get("rope_type", raw.get("type", "default"))
@@ -53,6 +65,7 @@ def rope(default_theta: float = 10_000.0) -> settings.Setting:
 
     def read(theirs: settings.Json, names: settings.Names) -> settings.Ours:
         del names
+        _check_rope(theirs)
         where = "rope_parameters" if theirs.get("rope_parameters") else "rope_scaling"
         raw = theirs.get(where) or {}
         theta = raw.get("rope_theta", theirs.get("rope_theta", default_theta))
@@ -67,7 +80,7 @@ def rope(default_theta: float = 10_000.0) -> settings.Setting:
         has_scaling = model.rope_scaling != "none"
         return {"rope_theta": model.rope_theta, "rope_scaling": scaling if has_scaling else None}
 
-    return settings.Custom(("rope_theta", "rope_scaling", "rope_parameters"), read, write)
+    return settings.Custom((*_ROPE_KEYS, "rope_theta"), read, write)
 
 
 def rope_by_kind(
@@ -82,7 +95,12 @@ def rope_by_kind(
 
     def read(theirs: settings.Json, names: settings.Names) -> settings.Ours:
         del names
+        _check_rope(theirs)
         by_kind = theirs.get("rope_parameters") or {}
+        if strange := sorted(by_kind.keys() - {_LOCAL, _GLOBAL}):
+            raise errors.UserError(
+                f"rope_parameters has {', '.join(strange)} (llm_jax reads {_GLOBAL} and {_LOCAL})"
+            )
         of_global = by_kind.get(_GLOBAL) or theirs.get("rope_scaling") or {}
         of_local = by_kind.get(_LOCAL) or {}
         where = f"rope_parameters.{_GLOBAL}" if by_kind else "rope_scaling"
@@ -119,7 +137,7 @@ def rope_by_kind(
             "rope_scaling": scaling if has_scaling else None,
         }
 
-    keys = (global_key, local_key, "rope_scaling", "rope_parameters")
+    keys = (*_ROPE_KEYS, global_key, local_key)
     return settings.Custom(keys, read, write)
 
 
@@ -143,6 +161,11 @@ def window(
         types = None if is_fixed else theirs.get("layer_types")
         if types is None:
             return kinds(theirs)
+        depth = theirs.get("num_hidden_layers")
+        if depth is not None and len(types) != depth:
+            raise errors.UserError(
+                f"layer_types has {len(types)} layers (num_hidden_layers = {depth})"
+            )
         unknown = sorted({*types} - {_LOCAL, _GLOBAL})
         if unknown:
             raise errors.UserError(f"layer_types has {', '.join(unknown)} (llm_jax has {_LOCAL},"
@@ -164,7 +187,8 @@ def window(
         width = {key: model.window}
         return width if is_fixed else width | {"layer_types": types}
 
-    return settings.Custom((key, "layer_types", *extra), read, write)
+    keys = (key, *extra) if is_fixed else (key, "layer_types", *extra)
+    return settings.Custom(keys, read, write)
 
 
 def shortest(letters: str) -> str:

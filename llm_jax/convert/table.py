@@ -74,6 +74,7 @@ class Row:
       first_layer: the layers before it have none.
       beside: a parameter without which there is no such tensor; "": it hangs on none.
       without: a parameter with which there is no such tensor.
+      head: the only one of `ModelConfig.head` with which there is such a tensor; "": with all.
     """
 
     name: str
@@ -82,16 +83,18 @@ class Row:
     first_layer: int = 0
     beside: str = ""
     without: str = ""
+    head: str = ""
 
     @property
     def is_of_layers(self) -> bool:
         return LAYER in self.name
 
-    def is_of(self, params: Collection[str]) -> bool:
-        """Returns whether a model with these parameters has such a tensor."""
+    def is_of(self, params: Collection[str], head: str) -> bool:
+        """Returns whether a model with these parameters and this head has such a tensor."""
         has_parts = all(part.path in params for part in self.parts)
         has_other = not self.beside or self.beside in params
-        return has_parts and has_other and self.without not in params
+        is_head = self.head in ("", head)
+        return has_parts and has_other and is_head and self.without not in params
 
     def names(self, num_layers: int) -> dict[int, str]:
         """Returns the name of each layer's tensor; of layer 0 alone where there is but one."""

@@ -115,6 +115,8 @@ class Safetensors:
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the safetensors files of a folder."""
     index = folder / INDEX
+    if index.is_file() and (folder / SINGLE).is_file():
+        raise errors.UserError(f"{folder} has both {SINGLE} and {INDEX}: move one of them away")
     if index.is_file():
         try:
             names = sorted(

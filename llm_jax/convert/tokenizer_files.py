@@ -67,7 +67,8 @@ def kept(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer | None) -> Fil
     found: Files = {}
     for name in _KEPT_TEXT:
         if (folder / name).is_file():
-            found[name] = {"text": (folder / name).read_text(encoding="utf-8")}
+            # Not read_text(), which makes one kind of line end of all.
+            found[name] = {"text": (folder / name).read_bytes().decode("utf-8")}
     held = None if tokenizer is None else tokenizer.to_dict().get("model")
     for name in _KEPT_BYTES:
         if (folder / name).is_file():
@@ -81,7 +82,7 @@ def write(folder: pathlib.Path, files: Files, tokenizer: tokenizer_lib.Tokenizer
     raw = tokenizer.to_dict()
     for name, content in files.items():
         if "text" in content:
-            (folder / name).write_text(content["text"], encoding="utf-8")
+            (folder / name).write_bytes(content["text"].encode("utf-8"))
         else:
             encoded = raw["model"] if "held" in content else content["base64"]
             (folder / name).write_bytes(base64.b64decode(encoded))
@@ -135,7 +136,7 @@ def _definition(folder: pathlib.Path) -> dict[str, Any] | None:
         return _json(folder / _JSON)
     settings = _json(folder / _SETTINGS)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        known = settings.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+        known = str(settings.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
         if known != "GPT2Tokenizer":
             raise errors.UserError(
                 f"{folder} has vocab.json and merges.txt of a {known}, which cuts text in a way of its"
@@ -147,11 +148,26 @@ def _definition(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
+def _content(token: Any) -> str | None:
+    """Returns the text of a token, which some files have as an object with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _known(settings: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Returns a setting; null is as good as none."""
+    value = settings.get(key)
+    return default if value is None else value
+
+
 def _word_pieces(path: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns BERT's tokenizer of a vocabulary, a token a line."""
-    names = path.read_text(encoding="utf-8").splitlines()
+    try:
+        # Not splitlines(): U+2028 and its like may be tokens.
+        names = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise errors.UserError(f"{path} is not UTF-8: {error}") from error
     vocab = {name: i for i, name in enumerate(names)}
-    special = [settings.get(key, default) for key, default in (
+    special = [_content(settings.get(key)) or default for key, default in (
         ("cls_token", "[CLS]"), ("sep_token", "[SEP]"), ("pad_token", "[PAD]"),
         ("unk_token", "[UNK]"), ("mask_token", "[MASK]"),
     )]  # fmt: skip
@@ -161,9 +177,9 @@ def _word_pieces(path: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, A
     first, last, _, unknown, _ = special
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=unknown))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
+        lowercase=_known(settings, "do_lower_case", True),
         strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        handle_chinese_chars=_known(settings, "tokenize_chinese_chars", True),
     )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
@@ -186,8 +202,7 @@ def _of_definition(
     settings, generation = _json(folder / _SETTINGS), _json(folder / _GENERATION)
 
     def of_token(key: str) -> int | None:
-        name = settings.get(key)
-        name = name.get("content") if isinstance(name, dict) else name
+        name = _content(settings.get(key))
         return None if name is None else library.token_to_id(name)
 
     def first(*candidates: int | None) -> int | None:

@@ -75,10 +75,13 @@ def main() -> None:
     given = flags.FLAGS
     prompts = _prompts(given.prompt, given.prompts, given.seed)
     params, search = _params(samplers.SamplingParams), _params(beams.BeamParams)
+    output = None if given.output is None else pathlib.Path(given.output).expanduser()
+    if output is not None and output.is_dir():
+        raise errors.UserError(f"--output={given.output} is a folder: name a file")
     loaded = load.load(command.required("workdir"), checkpoint.parse_step(given.step), given.tensor)
     is_main = distributed.is_main()
     is_single = len(prompts) * given.num_samples == 1
-    is_streaming = is_main and given.output is None and is_single and search.num_beams == 1
+    is_streaming = is_main and output is None and is_single and search.num_beams == 1
     completions = generate.generate(
         loaded,
         prompts,
@@ -94,8 +97,8 @@ def main() -> None:
         for _ in completions:  # text is made as it is read, by all processes together
             pass
         return
-    if given.output is not None:
-        _write(pathlib.Path(given.output), completions, loaded.step)
+    if output is not None:
+        _write(output, completions, loaded.step)
         return
     if is_streaming and not loaded.is_encoder_decoder:
         _print_now(prompts[0].text)

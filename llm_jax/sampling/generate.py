@@ -279,7 +279,13 @@ def _check_beams(
 
 
 def _check_length(row: _Row, loaded: load.Loaded, max_tokens: int) -> None:
-    """Raises UserError for a row that the model has no positions for."""
+    """Raises UserError for a row that the model has no positions, or no embeddings, for."""
+    vocab_size = loaded.model.config.vocab_size
+    if max(row.ids, default=0) >= vocab_size:
+        raise errors.UserError(
+            f"prompt {row.prompt.text[:40]!r} has token {max(row.ids)}, of which the model's vocabulary of"
+            f" {vocab_size} knows nothing: the tokenizer is not the model's"
+        )
     max_length = loaded.model.config.max_length
     what = f"prompt {row.prompt.text[:40]!r} has {len(row.ids)} tokens"
     if loaded.is_encoder_decoder:

@@ -148,6 +148,22 @@ def test_llama3s_scaling_is_told_from_its_frequencies(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes, factor",
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scaling.factor": 4.0}, 4.0),  # a file that says no type means this one
+        ({"rope.scale_linear": 2.0}, 2.0),  # as files were first written
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_linear_scaling_is_read_as_llama_cpp_does(changes, factor, tmp_path):
+    path = _write(tmp_path / "model.gguf", _tensors(_golden()), **changes)
+    scaling = gguf_file.open_file(path, has_tokenizer=False).config["rope_scaling"]
+    assert scaling == (factor and {"rope_type": "linear", "factor": factor})
+
+
+@pytest.mark.parametrize(
     "changes, expected",
     [
         ({"architecture": "mamba"}, "holds a model of 'mamba'"),

@@ -103,7 +103,16 @@ def test_buffers_that_do_not_follow_from_the_config_are_refused(tmp_path):
             {"rope_parameters": {"mrope_section": [1]}},
             "rope_parameters has mrope_section",
         ),
+        (
+            "llama2",
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"rope_type": "linear"}},
+            "rope_parameters and rope_scaling are both there",
+        ),
+        ("llama2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters has rope_theta"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "layer_types has chunked_attention"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types has 3 layers"),
+        ("bert_classifier", {"id2label": ["bad", "good", "ugly"]}, "does not number labels"),
         ("gemma2", {"query_pre_attn_scalar": "x"}, "query_pre_attn_scalar = 'x'"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
         (
@@ -130,6 +139,28 @@ def test_all_of_them_are_named_at_once(tmp_path):
     assert "is_decoder" in message and "hidden_act" in message
 
 
+def test_names_of_one_tensor_and_files_of_one_model_are_not_chosen_between(tmp_path):
+    def change(arrays):
+        name = "bert.embeddings.LayerNorm"
+        return arrays | {f"{name}.gamma": arrays[f"{name}.weight"] + 1}
+
+    folder = folders.copy("bert", tmp_path / "model", change)
+    assert "LayerNorm.gamma" in _refusal(folder, tmp_path)
+    folder = folders.copy("llama2", tmp_path / "other")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert "has both model.safetensors and" in _refusal(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "head, name", [("span", "qa_outputs"), ("token", "classifier"), ("sequence", "classifier")]
+)
+def test_heads_of_bert_have_the_names_of_their_classes(head, name, tmp_path):
+    changes = {"head": head, "use_head_transform": False, "use_head_bias": False}
+    changes["use_pooler"] = head == "sequence"
+    folder = folders.export(_run(tmp_path, **helpers.BERT | changes), tmp_path / "model")
+    assert {f"{name}.weight", f"{name}.bias"} < folders.arrays_of(folder).keys()
+
+
 def test_settings_that_are_not_known_are_said(tmp_path, caplog):
     folder = folders.copy("llama2", tmp_path / "model", attention_sinks=4)
     folders.import_ids(folder, tmp_path / "run")
@@ -137,6 +168,9 @@ def test_settings_that_are_not_known_are_said(tmp_path, caplog):
 
 
 # --- the way out --------------------------------------------------------------------------------
+
+
+GEMMA_CAPPED = helpers.GEMMA3 | {"activation": "gelu_tanh", "attention_softcap": 5.0}
 
 
 def _run(tmp_path, **changes):
@@ -163,6 +197,13 @@ def _run(tmp_path, **changes):
         ),
         ("qwen3", {"use_qk_norm": True, "qk_norm": "projection"}, "no tensors for"),
         ("gpt2", {}, "no tensors for"),
+        ("gemma3_text", GEMMA_CAPPED, "config.model.attention_softcap = 5.0"),
+        ("bert", helpers.BERT | {"num_token_types": 0}, "config.model.num_token_types = 0"),
+        (
+            "bert",
+            helpers.BERT | {"head": "sequence", "use_head_transform": False},
+            "it has 'lm', 'none'",
+        ),
         ("lama", {}, "--family=lama is not known (did you mean 'llama'?)"),
     ],
 )
@@ -188,6 +229,8 @@ def test_folders_that_hold_something_are_left_alone(tmp_path):
         folders.import_ids(golden, tmp_path / "run")
     with pytest.raises(errors.UserError, match="is not empty"):
         folders.export(tmp_path / "run", golden)
+    with pytest.raises(errors.UserError, match="is a file"):
+        folders.export(tmp_path / "run", golden / "config.json")
     folders.assert_same(folders.arrays_of(golden), folders.arrays_of(golden))
 
 

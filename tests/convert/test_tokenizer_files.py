@@ -159,6 +159,28 @@ def test_word_pieces_are_berts(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(names[1:]))
     with pytest.raises(errors.UserError, match=r"vocab.txt has no \[PAD\]"):
         tokenizer_files.read(tmp_path, {})
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
+    with pytest.raises(errors.UserError, match="vocab.txt is not UTF-8"):
+        tokenizer_files.read(tmp_path, {})
+
+
+def test_lines_of_a_vocabulary_end_at_newlines_alone(tmp_path):
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "\u2028", "b", "\x85", "c"]
+    (tmp_path / "vocab.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    mask = {"content": "[MASK]", "lstrip": True}
+    settings = {"mask_token": mask, "do_lower_case": None, "unk_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    read = tokenizer_files.read(tmp_path, {})
+    assert read.encode("a b c").tolist() == [5, 7, 9] and read.mask_id == 4
+
+
+def test_kept_files_come_back_byte_for_byte(tmp_path):
+    tokenizer = tokenizer_lib.train_bpe(CORPUS, 300)
+    template = tmp_path / "chat_template.jinja"
+    template.write_bytes(b"{{ a }}\r\n{{ b }}\n")
+    kept = json.loads(json.dumps(tokenizer_files.kept(tmp_path, tokenizer)))
+    back = _export(tmp_path / "back", kept, tokenizer)
+    assert back[template.name] == template.read_bytes()
 
 
 # --- SentencePiece ------------------------------------------------------------------------------

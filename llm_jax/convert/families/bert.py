@@ -3,6 +3,7 @@
 import numpy as np
 
 from llm_jax import config as config_lib
+from llm_jax import errors
 from llm_jax.convert import settings
 from llm_jax.convert import table
 from llm_jax.convert.families import activations
@@ -10,6 +11,7 @@ from llm_jax.convert.families import activations
 _STACK, _THEIRS = "stack/layers", "bert.encoder.layer.{layer}"
 _POOLER = "bert.pooler.dense.weight"
 _LM = {"head": "lm", "use_head_transform": True, "use_head_bias": True}
+_SEQUENCE = {"head": "sequence", "use_head_transform": False, "use_pooler": True}
 
 
 def _position_ids(model: config_lib.ModelConfig) -> np.ndarray:
@@ -22,16 +24,31 @@ def _read_pooler(theirs: settings.Json, names: settings.Names) -> settings.Ours:
     return {"use_pooler": _POOLER in names}
 
 
+def _read_types(theirs: settings.Json, names: settings.Names) -> settings.Ours:
+    del names
+    return {"num_token_types": theirs.get("type_vocab_size", 2)}
+
+
+def _write_types(model: config_lib.ModelConfig, original: settings.Json) -> settings.Ours:
+    del original
+    if not model.num_token_types:
+        raise errors.UserError("config.model.num_token_types = 0 (it has at least 1)")
+    return {"type_vocab_size": model.num_token_types}
+
+
 def _nothing(model: config_lib.ModelConfig, original: settings.Json) -> settings.Ours:
     del model, original
     return {}
 
 
-def _dense(ours: str, theirs: str, layout: str = "MD") -> tuple[table.Row, table.Row]:
+def _dense(
+    ours: str, theirs: str, layout: str = "MD", head: str = ""
+) -> tuple[table.Row, table.Row]:
     """Returns the rows of a dense layer of a head."""
     name, _, _ = ours.rpartition("_")
     bias = f"{name}_bias_{'Y' if layout == 'YD' else 'D'}"
-    return table.row(ours, f"{theirs}.weight", layout), table.row(bias, f"{theirs}.bias")
+    weight = table.row(ours, f"{theirs}.weight", layout, head=head)
+    return weight, table.row(bias, f"{theirs}.bias", head=head)
 
 
 def _norm(ours: str, theirs: str) -> tuple[table.Row, table.Row]:
@@ -53,7 +70,7 @@ FAMILY = table.Family(
         settings.Same("intermediate_size", "mlp_dim", 3072),
         settings.Same("max_position_embeddings", "max_length", 512),
         settings.Same("vocab_size", "vocab_size", 30522),
-        settings.Same("type_vocab_size", "num_token_types", 2),
+        settings.Custom(("type_vocab_size",), _read_types, _write_types),
         settings.Same("layer_norm_eps", "norm_epsilon", 1e-12),
         settings.Same("tie_word_embeddings", "tie_embeddings", True),
         settings.Choice("hidden_act", "activation", {"gelu": "gelu"} | activations.NAMES, "gelu"),
@@ -71,7 +88,7 @@ FAMILY = table.Family(
                 "BertForMaskedLM": _LM,
                 "BertForPreTraining": _LM,
                 "BertModel": {"head": "none"},
-                "BertForSequenceClassification": {"head": "sequence", "use_head_transform": False},
+                "BertForSequenceClassification": _SEQUENCE,
                 "BertForTokenClassification": {"head": "token", "use_head_transform": False},
                 "BertForQuestionAnswering": {"head": "span", "use_head_transform": False},
             }
@@ -105,7 +122,9 @@ FAMILY = table.Family(
         *_norm("head_transform/norm", "cls.predictions.transform.LayerNorm"),
         table.row("head_DV", "cls.predictions.decoder.weight", "VD"),
         table.row("head_bias_V", "cls.predictions.bias"),
-        *_dense("labels/dense_DY", "classifier", "YD"),
+        *_dense("labels/dense_DY", "classifier", "YD", "sequence"),
+        *_dense("labels/dense_DY", "classifier", "YD", "token"),
+        *_dense("labels/dense_DY", "qa_outputs", "YD", "span"),
     ),
     aliases={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

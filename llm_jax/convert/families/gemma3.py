@@ -18,7 +18,7 @@ FAMILY = table.Family(
         *llama.sizes(**gemma2.SIZES, max_length=131072, vocab_size=262208),
         *gemma2.COMMON,
         settings.Fixed({"use_qk_norm": True, "qk_norm": "head"}),
-        settings.Same("attn_logit_softcapping", "attention_softcap", None),
+        settings.Unread(("attn_logit_softcapping",)),  # transformers does not cap scores, either
         settings.Same("final_logit_softcapping", "logit_softcap", None),
         layers.rope_by_kind("rope_theta", "rope_local_base_freq", 1e6, 1e4),
         layers.window("sliding_window", 4096, _kinds, ("sliding_window_pattern",)),

@@ -111,8 +111,8 @@ FAMILY = table.Family(
         settings.Dropout(("attention_dropout",), ("attention_dropout",)),
         settings.Unread(("activation_dropout", "classifier_dropout", "classif_dropout")),
         settings.Unread(("encoder_layerdrop", "decoder_layerdrop", "init_std", "add_bias_logits")),
-        settings.Unread(("extra_pos_embeddings", "num_hidden_layers", "forced_eos_token_id")),
-        settings.Unread(("bad_words_ids", "max_length", "num_beams")),  # of generation
+        settings.Unread(("extra_pos_embeddings", "num_hidden_layers")),
+        settings.Unread(("max_length", "num_beams", "forced_eos_token_id")),  # of generation
         settings.Heads({"MarianMTModel": {"head": "lm"}}),
     ),
     rows=(
