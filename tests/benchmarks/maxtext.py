@@ -9,14 +9,19 @@ the loops that it stands in. That leaves out what has no estimate: Pallas kernel
 
 import dataclasses
 import importlib.metadata
+import pathlib
+import sys
 
 from absl import flags
 
-from llm_jax import command
-from llm_jax import config as config_lib
-from llm_jax.aot import kernel_cost
-from llm_jax.aot import topology
-from llm_jax.plan import planner
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from configs import gpt2_124m  # noqa: E402
+from llm_jax import command  # noqa: E402
+from llm_jax import config as config_lib  # noqa: E402
+from llm_jax.aot import kernel_cost  # noqa: E402
+from llm_jax.aot import topology  # noqa: E402
+from llm_jax.plan import planner  # noqa: E402
 
 _LLAMA2_7B = config_lib.ModelConfig(
     num_layers=32,
@@ -32,22 +37,7 @@ _LLAMA2_7B = config_lib.ModelConfig(
 _LLAMA3_8B = dataclasses.replace(
     _LLAMA2_7B, num_kv_heads=8, mlp_dim=14_336, vocab_size=128_256, rope_theta=500_000.0
 )
-_GPT2_124M = config_lib.ModelConfig(
-    num_layers=12,
-    embed_dim=768,
-    num_heads=12,
-    mlp_dim=3072,
-    vocab_size=50_304,
-    max_length=1024,
-    positions="learned",
-    norm="layernorm",
-    activation="gelu_tanh",
-    is_gated=False,
-    use_bias=True,
-    dtype="bfloat16",
-    scan_layers=True,
-)
-
+_GPT2_124M = config_lib.from_config_dict(gpt2_124m.get_config()).model
 _GPT3_6B = dataclasses.replace(
     _GPT2_124M,
     num_layers=48,

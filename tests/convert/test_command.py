@@ -46,6 +46,7 @@ def test_mistakes_are_one_line(tmp_path):
         "has no checkpoints": ["to-hf", "model", "back"],
         "--max_shard_size=big: use": ["to-hf", "model", "back", "--max_shard_size=big"],
         "--dtype=int8": ["to-hf", "model", "back", "--dtype=int8"],
+        "written to local folders": ["to-hf", "model", "gs://bucket/back"],
     }
     for (code, out, err), expected in zip(_run(tmp_path, *cases.values()), cases):
         assert (code, out) == (2, ""), err

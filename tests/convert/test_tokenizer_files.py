@@ -281,6 +281,16 @@ def test_ggufs_tokenizers_equal_llama_cpps(tmp_path):
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model = 'bert'"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "x"}, "tokenizer.ggml.pre = 'x'"),
         ({"tokenizer.ggml.model": "gpt2"}, "tokenizer.ggml.pre = None"),
+        ({"tokenizer.ggml.model": "llama"}, "lacks tokens, token_type, scores"),
+        (
+            {
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "a"],
+                "tokenizer.ggml.token_type": [2, 3, 3, 1, 1],
+                "tokenizer.ggml.scores": [0.0] * 5,
+            },
+            "is no SentencePiece model",
+        ),
     ],
 )
 def test_ggufs_other_tokenizers_are_told(changes, expected):

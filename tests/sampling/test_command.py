@@ -105,6 +105,7 @@ def test_errors_are_one_line_with_exit_code_two(workdir, tmp_path):
             [run, "--prompt=a", "--prompts=bad.jsonl"],
         ],
         "--workdir is missing": [["--prompt=a"]],
+        "is a folder: name a file": [[run, "--prompt=a", f"--output={tmp_path}"]],
         "no checkpoints": [["--workdir=nowhere", "--prompt=a"]],
         "--step=9": [[run, "--step=9", "--prompt=a"]],
         "bad.jsonl line 2 is not JSON": [[run, "--prompts=bad.jsonl"]],
