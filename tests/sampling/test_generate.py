@@ -1,6 +1,7 @@
 """Prompts to completions: stop strings, streaming, seeds, what is refused, and the command."""
 
 import collections
+import dataclasses
 import json
 import pathlib
 
@@ -11,6 +12,7 @@ import pytest
 import tokenizers
 
 from llm_jax import errors
+from llm_jax.data import token_ids
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.sampling import beams
 from llm_jax.sampling import decode
@@ -306,3 +308,11 @@ def test_beams_are_not_streamed(babbling):
 def test_a_seed_that_would_be_cut_is_refused(babbling, seed):
     with pytest.raises(errors.UserError, match=f"seed {seed} "):
         list(generate.generate(babbling, [generate.Prompt("a", seed)], GREEDY, max_tokens=1))
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_told(babbling):
+    vocab_size = babbling.model.config.vocab_size
+    larger = dataclasses.replace(babbling, tokenizer=token_ids.TokenIds(vocab_size + 1, -1, 0))
+    prompts = [generate.Prompt(f"1 {vocab_size}")]
+    with pytest.raises(errors.UserError, match=f"has token {vocab_size}, .* is not the model's"):
+        generate.generate(larger, prompts, samplers.SamplingParams(), max_tokens=2)
