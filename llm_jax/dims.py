@@ -17,6 +17,7 @@ DIMS = {
     "C": "head width",
     "W": "widths of key-value heads side by side (K * C; in a kernel those of a pack)",
     "M": "model width that a projection to it gives",
+    "Z": "width of a latent that queries, or keys and values, are made of",
     "F": "feed-forward width",
     "V": "vocabulary",
     "P": "positions of a learned table",

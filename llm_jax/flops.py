@@ -25,8 +25,20 @@ PEAK_FLOPS = {
 def layer_params(m: config_lib.ModelConfig, has_cross: bool = False) -> int:
     """Returns how many parameters of one layer take part in matrix products."""
     attention = m.embed_dim * m.head_width * 2 * (m.num_heads + m.kv_heads)
+    if m.kv_latent_dim is not None:
+        attention = _latent_attention_params(m)
     mlp = (3 if m.is_gated else 2) * m.embed_dim * m.mlp_width
     return (2 if has_cross else 1) * attention + mlp
+
+
+def _latent_attention_params(m: config_lib.ModelConfig) -> int:
+    D, H = m.embed_dim, m.num_heads
+    queries = D * H * m.key_width
+    if m.q_latent_dim is not None:
+        queries = m.q_latent_dim * (D + H * m.key_width)
+    latent = D * (m.kv_latent_dim + m.rope_head_width)
+    expanded = m.kv_latent_dim * H * (m.head_width + m.value_width)
+    return queries + latent + expanded + H * m.value_width * D
 
 
 def head_params(m: config_lib.ModelConfig) -> int:
@@ -55,7 +67,7 @@ def forward_flops_per_row(m: config_lib.ModelConfig, length: int, target_length:
     """
     is_causal = m.architecture == "decoder"
     pairs = sum(_num_pairs(m, kind, length, is_causal) for kind in _kinds(m, m.num_layers))
-    per_pair = 2 * 2 * m.num_heads * m.head_width
+    per_pair = 2 * m.num_heads * (m.key_width + m.value_width)
     products = m.num_layers * layer_params(m) * length
     read = 1 if m.head == "sequence" else length
     if m.architecture == "encoder_decoder":

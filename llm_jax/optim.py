@@ -121,6 +121,11 @@ _MUON_SPLITS = {
     "DKGC": ("D", "KGC"),
     "DKC": ("D", "KC"),
     "KGCD": ("KGC", "D"),
+    "DHC": ("D", "HC"),
+    "DZ": ("D", "Z"),
+    "ZHC": ("Z", "HC"),
+    "DC": ("D", "C"),
+    "HCD": ("HC", "D"),
     "DF": ("D", "F"),
     "FD": ("F", "D"),
 }

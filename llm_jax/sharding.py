@@ -3,8 +3,9 @@
 Models name dimensions (`rules.param("DF")`), never mesh axes. The presets (`mesh.rules`):
 
   dp          batch over replica and data; weights on every device
-  fsdp        as dp, and the model width D of each weight over data (ZeRO-3): a layer's weights are
-              gathered where they are used and their gradients scattered back
+  fsdp        as dp, and the model width D of each weight over data (ZeRO-3), or where it has none the
+              latent's width Z: a layer's weights are gathered where they are used and their gradients
+              scattered back
   fsdp_tp     as fsdp, and heads, feed-forward width and vocabulary over tensor (Megatron)
   fsdp_cp     as fsdp, with weights over data and seq: the devices that share a long sequence share
               the weights and the optimiser's state as well
@@ -64,6 +65,8 @@ class AxisRules:
 
 def _spec(table: tuple[tuple[str, Axes], ...], dims: str) -> PartitionSpec:
     axes = dict(table)
+    if "D" in dims:  # which lies on what Z does: an axis cuts one dimension of an array
+        axes.pop("Z", None)
     return PartitionSpec(*(axes.get(letter) for letter in dims))
 
 
@@ -76,10 +79,10 @@ _TENSOR = {"H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 
 PRESETS = {
     "dp": _rules({}, {}),
-    "fsdp": _rules({"D": "data"}, {}),
-    "fsdp_tp": _rules({"D": "data"} | _TENSOR, _TENSOR),
-    "fsdp_cp": _rules({"D": ("data", "seq")}, {}),
-    "multislice": _rules({"D": ("data", "seq")} | _TENSOR, _TENSOR),
+    "fsdp": _rules(dict.fromkeys("DZ", "data"), {}),
+    "fsdp_tp": _rules(dict.fromkeys("DZ", "data") | _TENSOR, _TENSOR),
+    "fsdp_cp": _rules(dict.fromkeys("DZ", ("data", "seq")), {}),
+    "multislice": _rules(dict.fromkeys("DZ", ("data", "seq")) | _TENSOR, _TENSOR),
     "tp": _rules(_TENSOR, _TENSOR),
 }
 
@@ -197,7 +200,9 @@ def _check_divides(sizes: list[tuple[str, int, Axes | None]], mesh: jax.sharding
 
 def _model_sizes(m: config_lib.ModelConfig, rules: AxisRules) -> list[tuple[str, int, Axes | None]]:
     params = dict(rules.params)
+    latents = {"model.kv_latent_dim": m.kv_latent_dim, "model.q_latent_dim": m.q_latent_dim}
     return [
+        *((name, size, params.get("Z")) for name, size in latents.items() if size is not None),
         ("model.embed_dim", m.embed_dim, params.get("D")),
         ("model.mlp_dim", m.mlp_width, params.get("F")),
         ("model.vocab_size", m.vocab_size, params.get("V")),

@@ -78,6 +78,15 @@ GEMMA3 = {
     "scale_embeddings": True,
 }
 
+LATENTS = {  # every width is another, but for the model's and the queries' latent
+    "num_kv_heads": None,
+    "kv_latent_dim": 8,
+    "q_latent_dim": 16,
+    "head_dim": 6,
+    "rope_head_dim": 4,
+    "value_head_dim": 5,
+}
+
 
 def tiny_model_config(**changes) -> config_lib.ModelConfig:
     """Returns `TINY` with changes."""

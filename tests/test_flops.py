@@ -36,8 +36,10 @@ def _dot_flops(jaxpr) -> int:
         {},
         helpers.GPT2,
         {"tie_embeddings": False, "head_dim": 6, "num_kv_heads": 1, "mlp_dim": 40},
+        helpers.LATENTS,
+        helpers.LATENTS | {"q_latent_dim": None},
     ],
-    ids=["llama", "gpt2", "untied"],
+    ids=["llama", "gpt2", "untied", "latents", "one_latent"],
 )
 def test_matches_the_products_of_the_model(one_device, changes):
     config = helpers.tiny_model_config(scan_layers=False, attention="reference", **changes)
@@ -45,7 +47,7 @@ def test_matches_the_products_of_the_model(one_device, changes):
     tokens_BT = jnp.zeros((3, LENGTH), jnp.int32)
     counted = _dot_flops(jax.make_jaxpr(lambda m: m(tokens_BT, tokens_BT))(model).jaxpr)
     # The reference scores every key; the formula counts those that a causal query sees.
-    square = 4 * config.num_heads * config.head_width * LENGTH
+    square = 2 * config.num_heads * (config.key_width + config.value_width) * LENGTH
     seen = square * (LENGTH + 1) / 2 / LENGTH
     unseen = config.num_layers * (square - seen) * tokens_BT.size
     formula = flops.forward_flops_per_token(config, LENGTH) * tokens_BT.size

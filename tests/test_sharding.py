@@ -36,6 +36,12 @@ def test_every_name_of_a_rule_is_a_preset():
         ("fsdp_cp", "DF", (("data", "seq"), None)),
         ("fsdp_cp", "VD", (None, ("data", "seq"))),
         ("multislice", "DKGC", (("data", "seq"), "tensor", None, None)),
+        # A latent's width where there is no model's; heads as ever.
+        ("fsdp", "ZHC", ("data", None, None)),
+        ("fsdp_tp", "DZ", ("data", None)),
+        ("fsdp_tp", "ZHC", ("data", "tensor", None)),
+        ("multislice", "DHC", (("data", "seq"), "tensor", None)),
+        ("tp", "ZHC", (None, "tensor", None)),
         ("tp", "DF", (None, "tensor")),
         ("tp", "KGCD", ("tensor", None, None, None)),
         ("tp", "VD", ("tensor", None)),
@@ -58,6 +64,8 @@ def test_specs_of_parameters(name, letters, wanted):
         ("fsdp_tp", "BTD", (BATCH, "seq", None)),
         ("fsdp_tp", "BTF", (BATCH, "seq", "tensor")),
         ("fsdp_tp", "BTKGC", (BATCH, "seq", "tensor", None, None)),
+        ("fsdp_tp", "BTHC", (BATCH, "seq", "tensor", None)),
+        ("fsdp_tp", "BTZ", (BATCH, "seq", None)),
         ("tp", "BTV", (BATCH, "seq", "tensor")),
         ("tp", "BT", (BATCH, "seq")),
     ],
@@ -228,6 +236,6 @@ def test_check_model_looks_at_the_model_alone():
 
 def test_letters_of_a_name():
     assert dims.suffix("q_bias_KGC") == "KGC"
-    for name in ("weight", "w_Dx", "w_DZ"):
+    for name in ("weight", "w_Dx", "w_DI"):
         with pytest.raises(ValueError, match=name):
             dims.suffix(name)

@@ -99,23 +99,77 @@ def _check_model(m: schema.ModelConfig) -> None:
         f"it must divide num_heads = {m.num_heads}",
     )
     if m.positions == "rope":
-        _require(
-            schema.rope_width(m) % 2 == 0 and schema.rope_width(m) > 0,
-            "model.rope_fraction",
-            m.rope_fraction,
-            f"{m.rope_fraction} of head width {m.head_width} is {schema.rope_width(m)}; RoPE rotates"
-            " pairs, so it must come out even and above 0",
-        )
-        _require_at_least("model", m, 1.0, "rope_scaling_factor")
-    if m.positions == "rope" and m.rope_scaling == "llama3":
-        _require(
-            0 < m.rope_low_freq_factor < m.rope_high_freq_factor,
-            "model.rope_low_freq_factor",
-            m.rope_low_freq_factor,
-            f"it must lie in (0, rope_high_freq_factor = {m.rope_high_freq_factor})",
-        )
-
+        _check_rope(m)
     _check_family(m)
+    _check_latents(m)
+
+
+def _check_rope(m: schema.ModelConfig) -> None:
+    _require(
+        m.kv_latent_dim is not None or (schema.rope_width(m) % 2 == 0 and schema.rope_width(m) > 0),
+        "model.rope_fraction",
+        m.rope_fraction,
+        f"{m.rope_fraction} of head width {m.head_width} is {schema.rope_width(m)}; RoPE rotates"
+        " pairs, so it must come out even and above 0",
+    )
+    _require_at_least("model", m, 1.0, "rope_scaling_factor")
+    bounds = {
+        "llama3": ("rope_low_freq_factor", "rope_high_freq_factor"),
+        "yarn": ("rope_beta_slow", "rope_beta_fast"),
+    }
+    _require(
+        m.rope_scaling != "yarn" or m.rope_theta > 1,
+        "model.rope_theta",
+        m.rope_theta,
+        "rope_scaling = 'yarn' goes by wavelengths that grow: it must be above 1",
+    )
+    if m.rope_scaling in bounds:
+        low, high = bounds[m.rope_scaling]
+        value, most = getattr(m, low), getattr(m, high)
+        holds = 0 < value < most
+        _require(holds, f"model.{low}", value, f"it must lie in (0, {high} = {most})")
+
+
+def _check_latents(m: schema.ModelConfig) -> None:
+    """Checks multi-head latent attention: what it needs, and what it leaves no room for."""
+    sizes = ("kv_latent_dim", "q_latent_dim", "rope_head_dim", "value_head_dim")
+    _require_at_least("model", m, 1, *sizes)
+    holds = math.isfinite(m.latent_norm_epsilon) and m.latent_norm_epsilon > 0
+    path = "model.latent_norm_epsilon"
+    _require(holds, path, m.latent_norm_epsilon, "it must be above 0 and finite")
+    if m.kv_latent_dim is None:
+        for name in sizes[1:]:
+            value = getattr(m, name)
+            would_do = "it is of multi-head latent attention: set model.kv_latent_dim, or leave it"
+            _require(value is None, f"model.{name}", value, f"{would_do} None")
+        return
+    wanted = {
+        "architecture": ("decoder", "only a decoder attends to latents"),
+        "positions": ("rope", "beside its latent a key has a part that is rotated"),
+        "num_kv_heads": (None, "every head makes keys of the latent, which takes their place"),
+        "use_qk_norm": (False, "latents have norms instead"),
+        "use_bias": (False, "projections from and to latents have none"),
+        "use_qkv_bias": (False, "projections from and to latents have none"),
+        "rope_fraction": (1.0, "rope_head_dim says how much of a head is rotated"),
+    }
+    for name, (value, why) in wanted.items():
+        path, given = f"model.{name}", getattr(m, name)
+        hint = f"with model.kv_latent_dim = {m.kv_latent_dim} it must be {value!r}: {why}"
+        _require(given == value, path, given, hint)
+    width = m.rope_head_width
+    _require(
+        width % 2 == 0 and width > 0,
+        "model.rope_head_dim",
+        m.rope_head_dim,
+        f"RoPE rotates pairs, so it must be even and above 0, not {width}",
+    )
+    _require(
+        m.attention != "jax_nn" or m.key_width == m.value_width,
+        "model.attention",
+        m.attention,
+        f"it needs keys and values of one width, and those of latents have {m.key_width} and"
+        f" {m.value_width}; use 'auto', or value_head_dim = {m.key_width}",
+    )
 
 
 def _check_family(m: schema.ModelConfig) -> None:
@@ -128,7 +182,7 @@ def _check_family(m: schema.ModelConfig) -> None:
     _require_at_least("model", m, 0, "num_token_types", "decoder_start_id")
     _require_fraction("model", m, "attention_dropout")
     _require(m.attention_dropout < 1.0, "model.attention_dropout", m.attention_dropout, "below 1.0")
-    for name in ("attention_scale", "rope_local_theta"):
+    for name in ("attention_scale", "rope_local_theta", "rope_attention_factor"):
         value = getattr(m, name)
         holds = value is None or (math.isfinite(value) and value > 0)
         _require(holds, f"model.{name}", value, "it must be above 0 and finite, or None")

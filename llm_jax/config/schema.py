@@ -6,7 +6,7 @@ ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 HEADS = ("lm", "none", "sequence", "token", "span")
 POOLINGS = ("first", "mean", "last")
 POSITIONS = ("rope", "learned", "sinusoidal", "relative", "alibi", "none")
-ROPE_SCALINGS = ("none", "linear", "llama3")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 NORMS = ("rmsnorm", "layernorm")
 NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
 QK_NORMS = ("head", "projection")
@@ -56,7 +56,13 @@ class ModelConfig:
     rope_scaling_factor: float = 1.0
     rope_low_freq_factor: float = 1.0  # llama3 scaling: wavelengths longer than this are divided
     rope_high_freq_factor: float = 4.0  # llama3 scaling: wavelengths shorter than this are kept
-    rope_original_length: int = 8192  # llama3 scaling: length of the unscaled pretraining
+    rope_original_length: int = 8192  # llama3, yarn scaling: length of the unscaled pretraining
+    rope_beta_fast: float = 32.0  # yarn scaling: what turns more often than this in it is kept
+    rope_beta_slow: float = 1.0  # yarn scaling: what turns less often than this is divided
+    rope_attention_factor: float | None = (
+        None  # yarn scaling: of what is rotated; None: 0.1 ln(rope_scaling_factor) + 1
+    )
+    rope_interleave: bool = False  # pairs are neighbours (DeepSeek), not half a width apart
     relative_buckets: int = 32
     relative_max_distance: int = 128  # from here on all distances share a bucket
 
@@ -78,7 +84,14 @@ class ModelConfig:
     num_token_types: int = 0  # BERT: sentence A or B; 0: none
     use_qk_norm: bool = False  # RMSNorm of queries and keys
     qk_norm: str = "head"  # over each head's (Qwen 3), or over the whole projection (OLMo 2)
-    attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    attention_scale: float | None = None  # of scores; None: the root of a key's width, inverted
+    kv_latent_dim: int | None = None  # MLA: what keys and values are made of; None: no MLA
+    q_latent_dim: int | None = None  # MLA: what queries are made of; None: projected at once
+    rope_head_dim: int | None = (
+        None  # MLA: of a head, rotated, beside head_dim, which is not; None: half of head_dim
+    )
+    value_head_dim: int | None = None  # MLA: of a head's values; None: head_dim
+    latent_norm_epsilon: float = 1e-6  # MLA: of the RMSNorms of latents
     window: int | None = (
         None  # tokens a query sees, itself included; an encoder's: half on each side
     )
@@ -118,6 +131,20 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rope_head_width(self) -> int:
+        """Of a head's queries and keys with latents: what is rotated, beside `head_width`."""
+        return self.head_width // 2 if self.rope_head_dim is None else self.rope_head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Of a head's queries and keys, all of it."""
+        return self.head_width + (0 if self.kv_latent_dim is None else self.rope_head_width)
+
+    @property
+    def value_width(self) -> int:
+        return self.head_width if self.value_head_dim is None else self.value_head_dim
 
     @property
     def mlp_width(self) -> int:
@@ -257,4 +284,6 @@ MESH_AXES = ("replica", "data", "seq", "expert", "tensor")
 
 def rope_width(m: ModelConfig) -> int:
     """Returns how many elements of each head RoPE rotates."""
+    if m.kv_latent_dim is not None:
+        return m.rope_head_width
     return round(m.rope_fraction * m.head_width)

@@ -59,10 +59,11 @@ class Attention(nnx.Module):
         """
         q_BTKGC, k_BTKC = self.queries(x_BTD), self.keys(x_BTD)
         if context.rotary is not None:
-            q = positions.rotate(self._by_heads(q_BTKGC, "BTKGC"), context.rotary)
+            how = {"tables": context.rotary, "is_interleaved": self.config.rope_interleave}
+            q = positions.rotate(self._by_heads(q_BTKGC, "BTKGC"), **how)
             q_BTKGC = self._by_groups(q)
-            k_BTKC = positions.rotate(k_BTKC, context.rotary)
-        q_BTKGC, k_BSKC, v_BSKC = self._laid_out(q_BTKGC, k_BTKC, self.values(x_BTD))
+            k_BTKC = positions.rotate(k_BTKC, **how)
+        q_BTKGC, k_BSKC, v_BSKC = laid_out(self.rules, q_BTKGC, k_BTKC, self.values(x_BTD))
         if cache is not None:
             cache = cache.write(k_BSKC, v_BSKC, context.slot)
         if cache is None or isinstance(context.slot, int):
@@ -133,41 +134,8 @@ class Attention(nnx.Module):
         shape = *q.shape[:2], *self.q_DKGC.shape[1:]
         return jnp.reshape(q, shape, out_sharding=self.rules.act("BTKGC"))
 
-    def _laid_out(
-        self, q_BTKGC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Names queries, keys and values for remat policies, and brings keys to their queries.
-
-        Queries stay sharded along the sequence; each device gathers all keys and values, but in a ring.
-        """
-        named = {"query": q_BTKGC, "key": k_BTKC, "value": v_BTKC}
-        q, k, v = (ad_checkpoint.checkpoint_name(x, name) for name, x in named.items())
-        spec = self.rules.act("BSKC")
-        return q, jax.sharding.reshard(k, spec), jax.sharding.reshard(v, spec)
-
-    def _attend(
-        self,
-        q_BTKGC: jax.Array,
-        k_BSKC: jax.Array,
-        v_BSKC: jax.Array,
-        mask: masks.Mask | pallas.Prepared,
-        key: jax.Array | None,
-        **how: Any,
-    ) -> jax.Array:
-        rate, dropout = self.config.attention_dropout, None
-        if key is not None and rate > 0.0:
-            dropout = dropout_lib.Dropout(jax.random.bits(key, (), jnp.uint32), rate)
-        return op.attention(
-            q_BTKGC,
-            k_BSKC,
-            v_BSKC,
-            mask=mask,
-            implementation=self.config.attention,
-            chunk=self.config.attention_chunk,
-            context=self.rules.context,
-            dropout=dropout,
-            **how,
-        )
+    def _attend(self, *arrays: Any, **how: Any) -> jax.Array:
+        return attend(self.config, self.rules, *arrays, **how)
 
     def _reader(self, cache: decode_op.Cache) -> str:
         """Returns what attends to a cache: the layout, which was chosen by the same setting, says the rest."""
@@ -178,11 +146,56 @@ class Attention(nnx.Module):
         return self._scale() | {"bias": context.bias}
 
     def _scale(self) -> dict[str, Any]:
-        scale = self.config.attention_scale
-        return {
-            "scale": self.config.head_width**-0.5 if scale is None else scale,
-            "softcap": self.config.attention_softcap,
-        }
+        return scale(self.config)
+
+
+def laid_out(
+    rules: sharding.AxisRules, q_BTKGC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Names queries, keys and values for remat policies, and brings keys to their queries.
+
+    Queries stay sharded along the sequence; each device gathers all keys and values, but in a ring.
+    """
+    named = {"query": q_BTKGC, "key": k_BTKC, "value": v_BTKC}
+    q, k, v = (ad_checkpoint.checkpoint_name(x, name) for name, x in named.items())
+    spec = rules.act("BSKC")
+    return q, jax.sharding.reshard(k, spec), jax.sharding.reshard(v, spec)
+
+
+def attend(
+    config: config_lib.ModelConfig,
+    rules: sharding.AxisRules,
+    q_BTKGC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask: masks.Mask | pallas.Prepared,
+    key: jax.Array | None,
+    **how: Any,
+) -> jax.Array:
+    """Returns `flash_attention.op.attention` as a config wants it; `key` drops attention weights."""
+    rate, dropout = config.attention_dropout, None
+    if key is not None and rate > 0.0:
+        dropout = dropout_lib.Dropout(jax.random.bits(key, (), jnp.uint32), rate)
+    return op.attention(
+        q_BTKGC,
+        k_BSKC,
+        v_BSKC,
+        mask=mask,
+        implementation=config.attention,
+        chunk=config.attention_chunk,
+        context=rules.context,
+        dropout=dropout,
+        **how,
+    )
+
+
+def scale(config: config_lib.ModelConfig) -> dict[str, Any]:
+    """Returns what is done to the scores of any attention, to tokens or to a cache."""
+    factor = config.attention_scale
+    return {
+        "scale": config.key_width**-0.5 if factor is None else factor,
+        "softcap": config.attention_softcap,
+    }
 
 
 class CrossAttention(Attention):
@@ -210,7 +223,7 @@ class CrossAttention(Attention):
         if cache is not None:
             return self.out(self._attend_to(cache, self.queries(x_BTD), context.encoder_lengths_B))
         k_BSKC, v_BSKC = self.keys(context.encoder_BSD), self.values(context.encoder_BSD)
-        q_BTKGC, k_BSKC, v_BSKC = self._laid_out(self.queries(x_BTD), k_BSKC, v_BSKC)
+        q_BTKGC, k_BSKC, v_BSKC = laid_out(self.rules, self.queries(x_BTD), k_BSKC, v_BSKC)
         y_BTKGC = self._attend(q_BTKGC, k_BSKC, v_BSKC, context.cross_mask, key, **self._scale())
         return self.out(y_BTKGC)
 

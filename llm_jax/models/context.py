@@ -120,12 +120,12 @@ def prepare(
     bias: biases.Bias | None = None,
 ) -> masks.Mask | pallas.Prepared:
     """Returns the mask with the tables that the kernels of all layers want, if they are to run."""
-    C, groups = config.head_width, config.num_heads // config.kv_heads
+    groups = config.num_heads // config.kv_heads
     return op.prepare(
         mask,
         like_BT,
         num_keys=num_keys,
-        widths=(C, C),
+        widths=(config.key_width, config.value_width),
         group=groups // placement.num_parts(rules.act("G")[0]),
         dtype=config.dtype,
         implementation=config.attention,

@@ -115,6 +115,20 @@ class HeadNorm(nnx.Module):
         return (y * _factor(scale, self.has_offset)).astype(x.dtype)
 
 
+class LatentNorm(nnx.Module):
+    """RMSNorm of a latent (DeepSeek-V2, section 3.1.2)."""
+
+    def __init__(self, width: int, config: config_lib.ModelConfig, rules: sharding.AxisRules):
+        self.epsilon, self.has_offset = config.latent_norm_epsilon, config.norm_offset
+        start = 0.0 if config.norm_offset else 1.0
+        self.scale_Z = full_param("scale_Z", (width,), start, rules, config.param_dtype)
+
+    def __call__(self, x_BTZ: jax.Array) -> jax.Array:
+        """Normalises [B, T, Z], in float32, back to the input's dtype."""
+        y_BTZ = rms_normalise(x_BTZ.astype(jnp.float32), self.epsilon)
+        return (y_BTZ * _factor(self.scale_Z, self.has_offset)).astype(x_BTZ.dtype)
+
+
 class Embedding(nnx.Module):
     """The token table, read by ids on the way in and, if tied, by hidden states on the way out."""
 

@@ -14,6 +14,7 @@ from llm_jax import sharding
 from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.models import attention
 from llm_jax.models import context as context_lib
+from llm_jax.models import latent_attention
 from llm_jax.models import layers
 from llm_jax.models import mlp
 
@@ -63,7 +64,9 @@ class Block(nnx.Module):
             return layers.Norm(config, rules) if is_present else None
 
         self.attention_norm = norm(has_norm)
-        self.attention = attention.Attention(attention_key, config, rules)
+        has_latents = config.kv_latent_dim is not None
+        kind = latent_attention.LatentAttention if has_latents else attention.Attention
+        self.attention = kind(attention_key, config, rules)
         self.attention_output_norm = norm(has_output_norm)
         self.cross_norm = norm(has_cross and has_norm)
         self.cross_attention = (

@@ -173,21 +173,34 @@ class _Sizes:
     def saved_bytes(self) -> int:
         """Bytes of a token that a layer keeps for the backward pass."""
         m, tensor = self._model, self._tensor
-        attended = m.num_heads * m.head_width // tensor
-        keys = 2 * m.kv_heads * m.head_width // tensor
-        products = attended + keys + (2 if m.is_gated else 1) * m.mlp_width // tensor
+        attended = m.num_heads * m.value_width // tensor
+        keys = m.kv_heads * (m.key_width + m.value_width) // tensor
+        products = (
+            m.num_heads * m.key_width // tensor
+            + keys
+            + self._latents
+            + (2 if m.is_gated else 1) * m.mlp_width // tensor
+        )
         # A ReLU's gradient needs what it gave, alone; dropout keeps a mask and what it took.
         is_simple = m.activation == "relu" and not m.dropout
         activations = (2 if is_simple else 4) * m.mlp_width // tensor
         widths = {
             "full": m.embed_dim,
             "attention_output": m.embed_dim + attended,
-            "qkv": m.embed_dim + attended + keys,
+            "qkv": m.embed_dim + m.num_heads * m.key_width // tensor + keys,
             "dots": 3 * m.embed_dim + products,
             "offload": 0,
             "none": 9 * m.embed_dim + attended + products + activations,
         }
         return _COMPUTE_BYTES * widths[m.remat]
+
+    @property
+    def _latents(self) -> int:
+        """Elements of a token's latents, before their norms: each device has them whole."""
+        m = self._model
+        if m.kv_latent_dim is None:
+            return 0
+        return m.kv_latent_dim + m.rope_head_width + (m.q_latent_dim or 0)
 
     def layer_bytes(self) -> int:
         """Bytes of a layer's weights, gathered, and of its activations where they are recomputed."""
@@ -233,7 +246,8 @@ def _seconds(config, mesh, chip, num_parameters: int) -> float:
         summed = 2 * _TENSOR_SUMS * model.num_layers * own_tokens * model.embed_dim
         summed *= _COMPUTE_BYTES / (bandwidth / 2)
     if mesh.shape["seq"] > 1:
-        keys = 2 * model.kv_heads * model.head_width * own_tokens * mesh.shape["seq"]
+        keys = model.kv_heads * (model.key_width + model.value_width)
+        keys *= own_tokens * mesh.shape["seq"]
         summed += 4 * keys * model.num_layers * _COMPUTE_BYTES / (bandwidth / 2)
     between = 0.0
     if mesh.shape["replica"] > 1:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.kernels import placement
+from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.kernels.flash_attention import biases
 from llm_jax.kernels.flash_attention import masks
@@ -42,7 +43,7 @@ def make_cache(
     """Returns an empty cache of at least `num_slots` slots for each layer of a decoder.
 
     It is of the compute dtype. Its layout is what the devices of the mesh that is set read best, see
-    `decode_op.make_cache`.
+    `decode_op.make_cache`; with latent attention it holds latents, and what keys have beside them.
 
     Args:
       config, rules: of the model.
@@ -50,6 +51,10 @@ def make_cache(
       is_of_encoder: for the keys of an encoder's tokens, whose distance nothing goes by.
     """
     row_axes, head_axes = rules.act("BK")
+    if config.kv_latent_dim is not None:
+        Z, width = config.kv_latent_dim, config.kv_latent_dim + config.rope_head_width
+        sizes = (batch_size, num_slots, width, Z, config.dtype, row_axes)
+        return [caches.make_values_in_keys(*sizes) for _ in range(config.decoder_layers)]
     how = {
         "num_slots": num_slots,
         "width": config.head_width,

@@ -37,9 +37,9 @@ def seen(case: Case, b: int, i: int) -> np.ndarray:
 
 
 def attention(case: Case) -> np.ndarray:
-    """Returns [B, T, K, G, C] in float64."""
-    y = np.zeros(case.q_BTKGC.shape)
-    B, T, K, G, _ = y.shape
+    """Returns [B, T, K, G, C] in float64, C of the values."""
+    B, T, K, G, _ = case.q_BTKGC.shape
+    y = np.zeros((B, T, K, G, case.v_BSKC.shape[-1]))
     for b, i, kv, g in np.ndindex(B, T, K, G):
         slots = seen(case, b, i)
         if not len(slots):

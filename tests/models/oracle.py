@@ -134,3 +134,59 @@ def llama(
     if not is_post_norm:
         x = rms_norm(x, weights["final_norm.scale_D"])
     return x @ (weights["head_DV"] if "head_DV" in weights else weights["embedding.table_VD"].T)
+
+
+def latent_llama(
+    weights: dict[str, np.ndarray],
+    tokens: np.ndarray,
+    num_layers: int,
+    *,
+    frequencies: np.ndarray | None = None,
+    factor: float = 1.0,
+    is_interleaved: bool = False,
+) -> np.ndarray:
+    """Returns logits [T, V] of a Llama with multi-head latent attention.
+
+    Head by head, from the equations of DeepSeek-V2, section 2.1 (appendix C has them all).
+
+    Args:
+      weights, tokens, num_layers: of the model.
+      frequencies: of the rotated pairs; None: those of RoPE at a base of 10,000.
+      factor: of rotated elements (YaRN).
+      is_interleaved: whether pairs are neighbours.
+    """
+
+    def rms_norm(x, scale, epsilon):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+
+    def rope(x):
+        half = x.shape[-1] // 2
+        turns = 10_000.0 ** (-np.arange(half) / half) if frequencies is None else frequencies
+        angles = np.outer(np.arange(len(x)), turns)
+        pairs = x[:, 0::2] + 1j * x[:, 1::2] if is_interleaved else x[:, :half] + 1j * x[:, half:]
+        turned = factor * pairs * np.exp(1j * angles)
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    x = weights["embedding.table_VD"][tokens]
+    for index in range(num_layers):
+        w = _layer(weights, index)
+        h = rms_norm(x, w["attention_norm.scale_D"], 1e-5)
+        c = rms_norm(h @ w["attention.latent_DZ"], w["attention.latent_norm.scale_Z"], 1e-6)
+        k_rope = rope(h @ w["attention.k_rope_DC"])
+        queries, letter = h, "D"
+        if "attention.q_latent_DZ" in w:
+            scale = w["attention.q_latent_norm.scale_Z"]
+            queries, letter = rms_norm(h @ w["attention.q_latent_DZ"], scale, 1e-6), "Z"
+        for head in range(w["attention.k_ZHC"].shape[1]):
+            q = queries @ w[f"attention.q_{letter}HC"][:, head]
+            q_rope = rope(queries @ w[f"attention.q_rope_{letter}HC"][:, head])
+            k, v = c @ w["attention.k_ZHC"][:, head], c @ w["attention.v_ZHC"][:, head]
+            q, k = np.concatenate([q, q_rope], -1), np.concatenate([k, k_rope], -1)
+            y = np.zeros_like(v)
+            for t in range(len(x)):
+                y[t] = softmax(k[: t + 1] @ q[t] / math.sqrt(q.shape[-1])) @ v[: t + 1]
+            x = x + y @ w["attention.out_HCD"][head]
+        h = rms_norm(x, w["mlp_norm.scale_D"], 1e-5)
+        gate = h @ w["mlp.gate_DF"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["mlp.up_DF"])) @ w["mlp.out_FD"]
+    return rms_norm(x, weights["final_norm.scale_D"], 1e-5) @ weights["embedding.table_VD"].T

@@ -311,6 +311,13 @@ def _num_params(m):
     heads = m.num_heads * m.head_width
     kv_heads = m.kv_heads * m.head_width
     attention = 2 * m.embed_dim * heads + 2 * m.embed_dim * kv_heads
+    if m.kv_latent_dim is not None:
+        rotated, keys = m.rope_head_width, m.num_heads * (m.head_width + m.rope_head_width)
+        attention = m.embed_dim * (m.kv_latent_dim + rotated) + m.kv_latent_dim  # a norm's
+        attention += m.kv_latent_dim * m.num_heads * (m.head_width + m.value_width)
+        attention += m.num_heads * m.value_width * m.embed_dim
+        own = m.q_latent_dim
+        attention += m.embed_dim * keys if own is None else (m.embed_dim + keys + 1) * own
     mlp = (3 if m.is_gated else 2) * m.embed_dim * m.mlp_width
     if m.use_bias:
         attention += heads + 2 * kv_heads + m.embed_dim

@@ -29,6 +29,7 @@ def _scores(config, q_C, k_C, q_positions, k_positions):
         {"rope_fraction": 0.5},
         {"rope_scaling": "linear", "rope_scaling_factor": 4.0},
         {"rope_scaling": "llama3", "rope_scaling_factor": 8.0, "rope_original_length": 16},
+        {"rope_scaling": "yarn", "rope_attention_factor": 1.0, "rope_original_length": 64},
     ],
 )
 def test_rope_scores_depend_on_distance_alone(options):
@@ -88,6 +89,46 @@ def test_rope_scaling():
     ratio = scaled / kept
     assert ratio[0] == 1.0 and ratio[-1] == pytest.approx(1 / 8)
     assert np.any((ratio > 0.13) & (ratio < 0.99))
+
+
+@pytest.mark.parametrize("original, fast, slow", [(4096, 32.0, 1.0), (64, 2.0, 0.5), (6, 2.0, 1.0)])
+def test_yarn_by_its_definition(original, fast, slow):
+    """Peng et al. 2023, equations 17 to 23 with the released code's rounding, one pair at a time."""
+    config = helpers.tiny_model_config(
+        head_dim=64,
+        rope_scaling="yarn",
+        rope_scaling_factor=40.0,
+        rope_original_length=original,
+        rope_beta_fast=fast,
+        rope_beta_slow=slow,
+    )
+
+    def place(turns):  # of the pair, a fraction, that turns so often in the original length
+        return 64 * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(10_000.0))
+
+    first, last = max(math.floor(place(fast)), 0), min(math.ceil(place(slow)), 63)
+    wanted = []
+    for pair in range(32):
+        frequency = 10_000.0 ** (-2 * pair / 64)
+        ramp = min(max((pair - first) / max(last - first, 0.001), 0.0), 1.0)
+        wanted.append((1 - ramp) * frequency + ramp * frequency / 40.0)
+    np.testing.assert_allclose(positions.rotary_frequencies(config), wanted, rtol=1e-6)
+    cos, sin = positions.rotary_tables(config, jnp.asarray([[0, 5]]))
+    np.testing.assert_allclose(cos**2 + sin**2, (0.1 * math.log(40.0) + 1.0) ** 2, rtol=1e-5)
+    given = dataclasses.replace(config, rope_attention_factor=0.7)
+    np.testing.assert_allclose(positions.rotary_tables(given, jnp.asarray([[0]]))[0], 0.7)
+    local = dataclasses.replace(config, rope_local_theta=100.0)
+    np.testing.assert_allclose(positions.rotary_tables(local, jnp.asarray([[0]]), True)[0], 1.0)
+
+
+def test_neighbours_turn_as_the_halves_they_are_brought_to():
+    config = helpers.tiny_model_config(head_dim=8, rope_fraction=0.75)
+    x_BTKC = np.random.default_rng(0).standard_normal((1, 3, 2, 8)).astype(np.float32)
+    tables = positions.rotary_tables(config, jnp.asarray([[1, 2, 5]]))
+    turned = positions.rotate(jnp.asarray(x_BTKC), tables, is_interleaved=True)
+    halves = jnp.asarray(x_BTKC[..., [0, 2, 4, 1, 3, 5, 6, 7]])
+    np.testing.assert_array_equal(turned, positions.rotate(halves, tables))
+    assert np.abs(turned - positions.rotate(jnp.asarray(x_BTKC), tables)).max() > 0.1
 
 
 @pytest.mark.parametrize(

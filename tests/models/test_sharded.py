@@ -30,6 +30,7 @@ MODELS = {
     "prefix": {},
     "t5": helpers.T5 | {"dropout": 0.2},
     "gemma3": helpers.GEMMA3,
+    "latents": helpers.LATENTS | {"attention": "chunked", "attention_chunk": 8},
 }
 
 # Sizes along replica, data, seq, expert, tensor; rules; other choices.
@@ -67,6 +68,7 @@ _MESHES_OF = {
     "span": ("fsdp_tp_seq",),
     "prefix": ("fsdp_tp_seq", "multislice_ring"),
     "gemma3": ("fsdp_seq", "fsdp_tp_seq", "multislice_ring"),
+    "latents": ("fsdp_tp", "fsdp_tp_seq", "fsdp_cp_ring", "multislice", "tp"),
 }
 
 _LONG = {("kernels", "replicated_heads_ring")}

@@ -119,6 +119,7 @@ def test_stopping_rules_differ():
 VARIANTS = {
     "gpt2": helpers.GPT2,
     "gemma3": helpers.GEMMA3,
+    "latents": helpers.LATENTS,
     "t5": helpers.T5,
     "transformer_2017": helpers.TRANSFORMER_2017,
 }
@@ -253,8 +254,9 @@ def test_a_mesh_finds_what_one_device_finds():
 @pytest.mark.parametrize(
     "changes, shape",
     [(helpers.GEMMA3, (1, 1, 1, 1, 2)), (helpers.TRANSFORMER_2017, (1, 4, 1, 1, 1))]
+    + [(helpers.LATENTS, (1, 2, 1, 1, 2))]
     + [(changes, (1, 2, 1, 1, 2)) for changes in KERNELS.values()],
-    ids=["gemma3", "transformer_2017", *KERNELS],
+    ids=["gemma3", "transformer_2017", "latents", *KERNELS],
 )
 def test_every_mesh_finds_what_one_device_finds(changes, shape):
     _assert_mesh(changes, shape)
@@ -263,12 +265,14 @@ def test_every_mesh_finds_what_one_device_finds(changes, shape):
 # --- the cache ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["slots_last", "contiguous", "int8"])
+@pytest.mark.parametrize("layout", ["slots_last", "contiguous", "int8", "values_in_keys"])
 @pytest.mark.parametrize("first, end", [(0, 0), (3, 96), (40, 41), (64, 65), (0, 33), (95, 96)])
 def test_beams_take_over_the_blocks_in_between(layout, first, end):
     B, Q, K, S, C = 2, 3, 2, 96, 4
     if layout == "slots_last":
         cache = caches.make_slots_last(B * Q, K, S, C, "float32")
+    elif layout == "values_in_keys":
+        cache = caches.make_values_in_keys(B * Q, S, C, 3, "float32")
     else:
         dtype = "int8" if layout == "int8" else "float32"
         cache = caches.make_contiguous(B * Q, K, S, C, dtype)
@@ -279,10 +283,11 @@ def test_beams_take_over_the_blocks_in_between(layout, first, end):
     size = cache_lib.block_size()
     inside = slice(first // size * size, -(-end // size) * size)
     for old, new in zip(cache.dense(), moved.dense()):
-        wanted = np.array(old).reshape(B, Q, S, K, C)
+        old = np.asarray(old).reshape(B, Q, S, *old.shape[2:])
+        wanted = old.copy()
         for b, q in np.ndindex(B, Q):
             source = int(sources_BQ[b, q])
-            wanted[b, q, inside] = np.asarray(old).reshape(B, Q, S, K, C)[b, source, inside]
+            wanted[b, q, inside] = old[b, source, inside]
         np.testing.assert_array_equal(np.asarray(new).reshape(wanted.shape), wanted)
 
 

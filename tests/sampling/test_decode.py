@@ -29,6 +29,16 @@ VARIANTS = {
     "qk_norm_untied": {"use_qk_norm": True, "tie_embeddings": False},
     "post_norm": {"norm_placement": "post", "norm": "layernorm"},
     "chunked_unrolled": {"attention": "chunked", "attention_chunk": 3, "scan_layers": False},
+    "latents": helpers.LATENTS,
+    "latents_local": {
+        "num_kv_heads": None,
+        "kv_latent_dim": 6,
+        "rope_interleave": True,
+        "window": 4,
+        "layer_pattern": "LG",
+        "attention_softcap": 2.0,
+        "attention": "pallas",  # of prompts; the cache has no kernel
+    },
     "kernels": {"attention": "pallas"},
     "kernels_alibi_window": {"attention": "pallas", "positions": "alibi", "window": 4},
     "kernels_softcap": {"attention": "pallas", "attention_softcap": 2.0, "num_kv_heads": 4},
@@ -147,7 +157,7 @@ def test_bfloat16_generation_is_the_bfloat16_model(one_device):
     np.testing.assert_allclose(logits_BV, expected_BV, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "window", "kernels"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "window", "kernels", "latents"])
 def test_greedy_text_is_the_argmax_of_the_full_forward(name, one_device):
     config = helpers.tiny_model_config(**VARIANTS[name])
     _, rules = helpers.make_mesh()
@@ -331,6 +341,17 @@ def test_key_heads_fewer_than_devices_are_held_by_each(kv_heads, tensor, attenti
     on_mesh = _loaded((1, 2, 1, 1, tensor), **changes)
     assert on_mesh.model.rules.act("BSKGC")[2:4] == (None, "tensor")
     assert _texts(on_mesh, PROMPTS, GREEDY) == _texts(_loaded(**changes), PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 4), (1, 2, 1, 1, 2)], ids=str)
+def test_latents_are_shared_by_the_heads_of_all_devices(shape):
+    one, on_mesh = (_loaded(s, **helpers.LATENTS) for s in ((1, 1, 1, 1, 1), shape))
+    with jax.set_mesh(on_mesh.mesh):
+        (cache, *_) = cache_lib.make_cache(on_mesh.model.config, on_mesh.model.rules, 4, SLOTS)
+    assert cache.k_BSC.sharding.shard_shape(cache.k_BSC.shape)[1:] == (SLOTS, 8 + 4)
+    texts = _texts(one, PROMPTS, GREEDY)
+    assert len(set(texts.values())) > 2
+    assert _texts(on_mesh, PROMPTS, GREEDY) == texts
 
 
 def test_every_mesh_draws_what_one_device_draws(loaded):

@@ -40,7 +40,8 @@ def attention(
         length,
         heads=heads,
         key_heads=key_heads,
-        width=model.head_width,
+        width=model.key_width,
+        value_width=None if model.value_width == model.key_width else model.value_width,
         mask=_mask(model, length),
         softcap=model.attention_softcap,
         has_gradient=True,
@@ -58,14 +59,20 @@ def decode(
     config: config_lib.RunConfig, slice_name: str, num_rows: int, num_slots: int, tensor: int
 ) -> kernel_cost.Case:
     """Returns the attention of one layer to a full contiguous cache, one query a row, on one device."""
-    heads, key_heads = _own_heads(config.model, tensor)
+    model = config.model
+    heads, key_heads = _own_heads(model, tensor)
+    width, num_values = model.head_width, None
+    if model.kv_latent_dim is not None:  # latents are one head's, which all queries share
+        key_heads, num_values = 1, model.kv_latent_dim
+        width = model.kv_latent_dim + model.rope_head_width
     shape = shapes.Decode(
         (num_slots,) * num_rows,
         key_heads=key_heads,
         group=heads // key_heads,
-        width=config.model.head_width,
+        width=width,
         page=None,
-        window=config.model.window,
+        window=model.window,
+        num_values=num_values,
     )
     return _alone("decode", shape, slice_name)
 

@@ -15,6 +15,7 @@ from llm_jax.aot import topology
 from llm_jax.kernels.costing import shapes
 from llm_jax.kernels.cross_entropy import op as cross_entropy_op
 from llm_jax.kernels.decode_attention import caches
+from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.kernels.decode_attention import paged
 from llm_jax.kernels.decode_attention import pallas as decode_pallas
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
@@ -89,9 +90,12 @@ def _zeros(described: Mapping[str, tuple]) -> dict[str, jax.Array]:
 def decode(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
     """Lowers `decode_attention.pallas` for one device; `shape` has the fields of `shapes.Decode`.
 
-    Lengths and tables are constants of the program, so that the cost model knows what is read.
+    Lengths and tables are constants of the program, so that the cost model knows what is read. Where
+    values are a part of keys it is the reference, which `auto` takes there too.
     """
     case, device = shapes.Decode(**shape), devices[0]
+    if case.num_values is not None:
+        return _decode_values_in_keys(case, device)
     B, K, G, C = len(case.lengths), case.key_heads, case.group, case.width
     table = case.page_table()
 
@@ -118,6 +122,24 @@ def decode(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
     q_BTKGC = topology.array((B, case.queries, K, G, C), "bfloat16", device)
     kv = topology.array((rows, 2, slots, K * C), case.dtype, device)
     return jax.jit(attend).lower(q_BTKGC, kv, scales)
+
+
+def _decode_values_in_keys(case: shapes.Decode, device: jax.Device) -> jax.stages.Lowered:
+    B, C = len(case.lengths), case.width
+
+    def attend(q_BTKGC, k_BSC):
+        return decode_op.attention(
+            q_BTKGC,
+            caches.ValuesInKeys(k_BSC, case.num_values),
+            lengths_B=jnp.asarray(case.lengths, jnp.int32),
+            scale=C**-0.5,
+            window=case.window,
+            implementation="reference",
+        )
+
+    q_BTKGC = topology.array((B, case.queries, 1, case.group, C), "bfloat16", device)
+    k_BSC = topology.array((B, case.num_slots, C), case.dtype, device)
+    return jax.jit(attend).lower(q_BTKGC, k_BSC)
 
 
 def cross_entropy(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:

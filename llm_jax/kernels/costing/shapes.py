@@ -140,6 +140,7 @@ class Decode:
       page: slots of a page; None for a contiguous cache.
       dtype: of keys and values; queries are bfloat16.
       window: slots that a query sees; None: all.
+      num_values: of a key's elements, those that are its value; None: values are beside keys.
     """
 
     lengths: tuple[int, ...]
@@ -150,6 +151,7 @@ class Decode:
     page: int | None = 128
     dtype: str = "bfloat16"
     window: int | None = None
+    num_values: int | None = None
 
     @property
     def num_slots(self) -> int:
@@ -170,7 +172,8 @@ class Decode:
         seen = self.lengths
         if self.window is not None:
             seen = [min(length, self.window + self.queries - 1) for length in self.lengths]
-        slot = 2 * (self.width * (1 if self.dtype == "int8" else 2))
+        num_parts = 2 if self.num_values is None else 1
+        slot = num_parts * (self.width * (1 if self.dtype == "int8" else 2))
         slot += 2 * 4 if self.dtype == "int8" else 0
         return int(sum(seen)) * self.key_heads * slot
 

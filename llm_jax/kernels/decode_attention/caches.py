@@ -3,6 +3,7 @@
 `SlotsLast` is what a CPU reads in order, `Contiguous` what a TPU does: there a slot's heads lie side by
 side (`W` = K * C), keys before values in one array, so that one copy brings both for all heads, heads
 narrower than 128 waste no lanes, and a step writes whole rows. `paged.Paged` is the same in pages.
+`ValuesInKeys` is for one head whose values are a part of its keys.
 """
 
 import dataclasses
@@ -79,6 +80,41 @@ class Contiguous:
     def dense(self) -> tuple[jax.Array, jax.Array]:
         """Returns keys and values, [B, S, K, C]; float32 where they are int8."""
         return unpacked(self.kv_B2SW, self.scales_B2KS, self.num_heads)
+
+
+@cache_type
+class ValuesInKeys:
+    """Keys of one head that all queries share, whose first elements are its values.
+
+    What latent attention remembers (`models.latent_attention`): a slot is read once for both.
+
+    Attributes:
+      k_BSC: the keys.
+      num_values: width of the values.
+    """
+
+    k_BSC: jax.Array
+    num_values: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.k_BSC.shape[1]
+
+    def write(self, k_BTC: jax.Array, slot: jax.Array | int) -> "ValuesInKeys":
+        """Returns the cache with new keys from `slot` on, in all rows."""
+        return ValuesInKeys(_put(self.k_BSC, k_BTC, slot, axis=1), self.num_values)
+
+    def dense(self) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values, [B, S, 1, C], of two widths."""
+        k_BSKC = self.k_BSC[:, :, None]
+        return k_BSKC, k_BSKC[..., : self.num_values]
+
+
+def make_values_in_keys(
+    B: int, S: int, C: int, num_values: int, dtype: jax.typing.DTypeLike, row_axes=None
+) -> ValuesInKeys:
+    """Returns an empty cache with rows on these axes of the mesh that is set."""
+    return ValuesInKeys(_zeros((B, S, C), dtype, (row_axes, None, None)), num_values)
 
 
 def make_slots_last(

@@ -17,7 +17,7 @@ from llm_jax.kernels.flash_attention import biases
 
 _LOG = logging.getLogger(__name__)
 
-Cache = caches.SlotsLast | caches.Contiguous | paged.Paged
+Cache = caches.SlotsLast | caches.Contiguous | caches.ValuesInKeys | paged.Paged
 
 
 def make_cache(
@@ -102,13 +102,14 @@ def attention(
       bias: added to the scores after that; any that goes by distance. `pallas` takes slopes alone.
       sinks_KG: float32 logits that join the softmax and attend to nothing.
       is_causal: whether a query sees no slot after its own; if not, there is neither window nor bias.
-      implementation: `auto`, `reference`, `single_query` (T = 1, of a `SlotsLast`) or `pallas` (of the
-        other two; on a CPU interpreted). `auto` takes `pallas` on TPUs where the kernel takes the
-        arguments, `single_query` where it can, and else the reference; the log says what it took.
+      implementation: `auto`, `reference`, `single_query` (T = 1, of a `SlotsLast`) or `pallas` (of a
+        `Contiguous` or `Paged`; on a CPU interpreted). `auto` takes `pallas` on TPUs where the kernel
+        takes the arguments, `single_query` where it can, and else the reference; the log says what it
+        took. A `ValuesInKeys` has the reference alone: the kernel reads values as wide as keys.
       sizes: how `pallas` cuts the work, instead of its table.
 
     Returns:
-      [B, T, K, G, C] in the dtype of `q_BTKGC`; zeros for a query that sees nothing.
+      [B, T, K, G, C] in the dtype of `q_BTKGC`, C of the values; zeros for a query that sees nothing.
 
     Raises:
       ValueError: shapes that do not fit each other, or an implementation that does not take them.
@@ -123,7 +124,7 @@ def attention(
     device_kind = placement.device_kind()
     if implementation == "auto":
         implementation = _choose(q_BTKGC, cache, device_kind, bias)
-        _say(implementation, q_BTKGC.shape[1], device_kind)
+        _say(implementation, q_BTKGC.shape[1], device_kind, type(cache).__name__)
     if implementation == "pallas":
         how |= {"device_kind": device_kind, "sizes": sizes}
     return _implementation(implementation, q_BTKGC, cache)(q_BTKGC, **how)
@@ -132,6 +133,11 @@ def attention(
 def _implementation(name: str, q_BTKGC: jax.Array, cache: Cache) -> Callable[..., jax.Array]:
     """Returns the named implementation around a cache that it takes."""
     is_slots_last = isinstance(cache, caches.SlotsLast)
+    if name == "pallas" and isinstance(cache, caches.ValuesInKeys):
+        raise ValueError(
+            "decode attention 'pallas' reads values beside keys and as wide, no ValuesInKeys: k [B,S,C] ="
+            f" {cache.k_BSC.shape} of which {cache.num_values} are values; use 'auto' or 'reference'"
+        )
     if name == "pallas":
         if is_slots_last:
             raise ValueError(
@@ -139,6 +145,11 @@ def _implementation(name: str, q_BTKGC: jax.Array, cache: Cache) -> Callable[...
                 f" k [B,K,C,S] = {cache.k_BKCS.shape}"
             )
         return lambda q, **how: pallas.attention(q, cache, **how)
+    if name == "reference" and isinstance(cache, caches.ValuesInKeys):
+        # Whole keys are summed, and what is no value of it dropped: a slice of them would be copied.
+        k_BSKC, _ = cache.dense()
+        values = slice(cache.num_values)
+        return lambda q, **how: reference.attention(q, k_BSKC, k_BSKC, **how)[..., values]
     if name == "reference":
         return lambda q, **how: reference.attention(q, *cache.dense(), **how)
     if name == "single_query":
@@ -156,6 +167,8 @@ def _implementation(name: str, q_BTKGC: jax.Array, cache: Cache) -> Callable[...
 def _choose(q_BTKGC: jax.Array, cache: Cache, device_kind: str, bias: biases.Bias | None) -> str:
     if isinstance(cache, caches.SlotsLast):
         return "single_query" if q_BTKGC.shape[1] == 1 else "reference"
+    if isinstance(cache, caches.ValuesInKeys):
+        return "reference"
     is_tpu = device_kind.startswith("TPU")
     if is_tpu and pallas.refusal(q_BTKGC, cache, device_kind, bias) is None:
         return "pallas"
@@ -163,10 +176,14 @@ def _choose(q_BTKGC: jax.Array, cache: Cache, device_kind: str, bias: biases.Bia
 
 
 @functools.cache
-def _say(implementation: str, num_queries: int, device_kind: str) -> None:
+def _say(implementation: str, num_queries: int, device_kind: str, layout: str) -> None:
     """Logs a choice once, however many layers make it."""
     _LOG.info(
-        "attention of %d queries to a cache on %s: %s", num_queries, device_kind, implementation
+        "attention of %d queries to a cache (%s) on %s: %s",
+        num_queries,
+        layout,
+        device_kind,
+        implementation,
     )
 
 
@@ -180,6 +197,13 @@ def _check_shapes(q_BTKGC: jax.Array, cache: Cache) -> None:
         if k[:3] != (B, K, C) or v != (B, K, k[3], C):
             raise ValueError(
                 f"q [B,T,K,G,C] = {q}, k [B,K,C,S] = {k}, v [B,K,S,C] = {v} do not fit"
+            )
+    elif isinstance(cache, caches.ValuesInKeys):
+        k = cache.k_BSC.shape
+        if K != 1 or k[::2] != (B, C) or not 0 < cache.num_values <= C:
+            raise ValueError(
+                f"q [B,T,K,G,C] = {q} and k [B,S,C] = {k} of one head, of which {cache.num_values} are"
+                " values, do not fit"
             )
     elif isinstance(cache, caches.Contiguous):
         kv = cache.kv_B2SW.shape
