@@ -107,12 +107,8 @@ class Plan:
         (num_layers,) = {
             self.params[part.path].shape[0] if _is_stacked(part.path) else 1 for part in row.parts
         }
-        shapes = [part.shape(self.shape(part.path)) for part in row.parts]
-        shape = list(shapes[0])
-        if len(shapes) > 1:
-            shape[row.axis] = sum(s[row.axis] for s in shapes)
         dtype = np.dtype(self.params[row.parts[0].path].dtype)
-        info = tensors_lib.TensorInfo(tuple(shape), dtype)
+        info = tensors_lib.TensorInfo(row.merged(self.joined(row)), dtype)
         for layer, name in row.names(num_layers).items():
             self.slots[name] = Slot(row, layer if row.is_of_layers else None, info)
 
@@ -120,6 +116,10 @@ class Plan:
         """Returns the shape of a parameter, in one layer."""
         shape = tuple(self.params[path].shape)
         return shape[1:] if _is_stacked(path) else shape
+
+    def joined(self, row: table.Row) -> table.Shape:
+        """Returns the shape of a row's parts, joined."""
+        return row.joined([part.shape(self.shape(part.path)) for part in row.parts])
 
     def by_row(self) -> dict[table.Row, list[str]]:
         """Returns the names of the tensors of each row: those that are of the same parameters."""
@@ -222,7 +222,7 @@ def fill(plan: Plan, source: Mapping[str, str], tensors: tensors_lib.Tensors) ->
         if _is_stacked(path)
     }
     for name, slot in plan.slots.items():
-        whole, start = tensors.read(source[name]), 0
+        whole, start = tensors.read(source[name]).reshape(plan.joined(slot.row)), 0
         for part in slot.row.parts:
             leaf, shape = plan.params[part.path], plan.shape(part.path)
             size = part.shape(shape)[slot.row.axis]
@@ -285,7 +285,8 @@ def theirs(plan: Plan, name: str, params: Mapping[str, jax.Array] | None = None)
         leaf = params[part.path]
         value = leaf if slot.layer is None else _layer(leaf, np.int32(slot.layer))
         pieces.append(part.to_theirs(np.asarray(value)))
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, slot.row.axis)
+    whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, slot.row.axis)
+    return whole.reshape(slot.info.shape)
 
 
 @jax.jit

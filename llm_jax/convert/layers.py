@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import itertools
+import math
 from typing import Any
 
 from llm_jax import config as config_lib
@@ -20,8 +21,19 @@ _SCALINGS: dict[str, dict[str, str]] = {
         "high_freq_factor": "rope_high_freq_factor",
         "original_max_position_embeddings": "rope_original_length",
     },
+    "yarn": {
+        "factor": "rope_scaling_factor",
+        "beta_fast": "rope_beta_fast",
+        "beta_slow": "rope_beta_slow",
+        "original_max_position_embeddings": "rope_original_length",
+        "attention_factor": "rope_attention_factor",
+    },
 }
-_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
+_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+# What a type takes besides, and where theirs may leave some out, what it means then.
+_BESIDE = {"yarn": ("mscale", "mscale_all_dim", "truncate")}
+_DEFAULTS = {"yarn": {"beta_fast": 32.0, "beta_slow": 1.0}}
+_OPTIONAL = ("attention_factor",)  # None in ours as well
 
 
 _ROPE_KEYS = ("rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -41,20 +53,40 @@ def _read_scaling(raw: Mapping[str, Any], where: str, length: int | None) -> set
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind not in _SCALINGS:
         raise errors.UserError(f"{where}.rope_type = {kind!r} (llm_jax has {', '.join(_SCALINGS)})")
-    keys = _SCALINGS[kind]
-    raw = {"original_max_position_embeddings": length} | dict(raw)
+    keys, given = _SCALINGS[kind], {key: value for key, value in raw.items() if value is not None}
+    defaults = {"original_max_position_embeddings": length} | _DEFAULTS.get(kind, {})
+    raw = dict.fromkeys(_OPTIONAL) | defaults | given
     others = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
-    unknown = sorted(key for key in raw.keys() - keys.keys() - others if raw[key] is not None)
-    missing = sorted(key for key in keys if raw.get(key) is None)
+    unknown = sorted(given.keys() - keys.keys() - others - {*_BESIDE.get(kind, ())})
+    missing = sorted(key for key in keys if raw.get(key) is None and key not in _OPTIONAL)
     if unknown or missing:
         problem = f"has {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
         raise errors.UserError(f"{where} {problem} (rope_type = {kind!r})")
+    if kind == "yarn":
+        raw["attention_factor"] = _attention_factor(raw, where)
     return {"rope_scaling": _TYPES[kind]} | {ours: raw[key] for key, ours in keys.items()}
+
+
+def _attention_factor(raw: Mapping[str, Any], where: str) -> float | None:
+    """Returns what YaRN multiplies rotated elements with, where that is not what the paper has."""
+    if not raw.get("truncate", True):
+        raise errors.UserError(f"{where}.truncate = False (llm_jax rounds the ramp of yarn)")
+    own, of_all = raw.get("mscale"), raw.get("mscale_all_dim")
+    if raw["attention_factor"] is None and own and of_all:
+        return yarn_scale(raw["factor"], own) / yarn_scale(raw["factor"], of_all)
+    return raw["attention_factor"]
+
+
+def yarn_scale(factor: float, share: float) -> float:
+    """Returns by how much a context that is `factor` times as long sharpens attention, by their share."""
+    return 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1.0
 
 
 def _write_scaling(model: config_lib.ModelConfig) -> dict[str, Any]:
     kind = next(theirs for theirs, ours in _TYPES.items() if ours == model.rope_scaling)
-    return {"rope_type": kind} | {k: getattr(model, ours) for k, ours in _SCALINGS[kind].items()}
+    values = {key: getattr(model, ours) for key, ours in _SCALINGS[kind].items()}
+    left_out = [key for key in _OPTIONAL if values.get(key, 0) is None]
+    return {"rope_type": kind} | {k: v for k, v in values.items() if k not in left_out}
 
 
 def rope(default_theta: float = 10_000.0) -> settings.Setting:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax.models import positions
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ _SIZES = {
     "num_kv_heads": "kv_heads",
     "head_dim": "head_width",
     "mlp_dim": "mlp_width",
+    "rope_head_dim": "rope_head_width",
+    "value_head_dim": "value_width",
     "num_decoder_layers": "decoder_layers",
 }
 
@@ -306,6 +309,8 @@ def _shortened(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
         "mlp_dim": 4 * m.embed_dim,
         "num_decoder_layers": m.num_layers,
     }
+    if m.kv_latent_dim is not None:
+        follow |= {"rope_head_dim": m.head_width / 2, "value_head_dim": m.head_width}
     following = [name for name, value in follow.items() if getattr(m, name) == value]
     return dataclasses.replace(m, **dict.fromkeys(following))
 
@@ -382,18 +387,26 @@ def canonical(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
         "num_kv_heads": m.kv_heads,
         "head_dim": m.head_width,
         "mlp_dim": m.mlp_width,
-        "attention_scale": m.head_width**-0.5 if m.attention_scale is None else m.attention_scale,
+        "attention_scale": m.key_width**-0.5 if m.attention_scale is None else m.attention_scale,
         "layer_pattern": pattern,
         "num_decoder_layers": m.decoder_layers,
+        "rope_head_dim": m.rope_head_width,
+        "value_head_dim": m.value_width,
+        "rope_attention_factor": positions.rotary_factor(m),
     }
-    is_llama3, has_local = m.rope_scaling == "llama3", "L" in pattern
+    is_llama3, is_yarn = m.rope_scaling == "llama3", m.rope_scaling == "yarn"
+    has_local, has_latents = "L" in pattern, m.kv_latent_dim is not None
     is_lm, has_labels = m.head == "lm", m.head in LABELLED
     effective = {
         ("rope_theta", "rope_fraction", "rope_scaling"): m.positions == "rope",
+        ("rope_interleave",): m.positions == "rope",
         ("rope_local_theta",): m.positions == "rope" and has_local,
         ("rope_scaling_factor",): m.positions == "rope" and m.rope_scaling != "none",
         ("rope_low_freq_factor", "rope_high_freq_factor"): m.positions == "rope" and is_llama3,
-        ("rope_original_length",): m.positions == "rope" and is_llama3,
+        ("rope_original_length",): m.positions == "rope" and (is_llama3 or is_yarn),
+        ("rope_beta_fast", "rope_beta_slow"): m.positions == "rope" and is_yarn,
+        ("rope_attention_factor",): m.positions == "rope" and is_yarn,
+        ("rope_head_dim", "value_head_dim", "latent_norm_epsilon"): has_latents,
         ("relative_buckets", "relative_max_distance"): m.positions == "relative",
         ("window",): has_local,
         ("qk_norm",): m.use_qk_norm,

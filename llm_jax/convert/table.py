@@ -7,6 +7,7 @@ whose rows are heads side by side. The same row is read in both directions.
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -71,6 +72,8 @@ class Row:
       name: theirs, with `{layer}` where there is one of each.
       parts: what it holds: one parameter, or several joined along a dimension.
       axis: that dimension, of theirs.
+      is_merged: whether theirs has this dimension and the one before as one: a head's parts are joined,
+        and then the heads.
       first_layer: the layers before it have none.
       beside: a parameter without which there is no such tensor; "": it hangs on none.
       without: a parameter with which there is no such tensor.
@@ -80,6 +83,7 @@ class Row:
     name: str
     parts: tuple[Part, ...]
     axis: int = 0
+    is_merged: bool = False
     first_layer: int = 0
     beside: str = ""
     without: str = ""
@@ -96,6 +100,19 @@ class Row:
         is_head = self.head in ("", head)
         return has_parts and has_other and is_head and self.without not in params
 
+    def joined(self, shapes: Sequence[Shape]) -> Shape:
+        """Returns the shape of parts that have these, joined along `axis`."""
+        shape = list(shapes[0])
+        shape[self.axis] = sum(s[self.axis] for s in shapes)
+        return tuple(shape)
+
+    def merged(self, joined: Shape) -> Shape:
+        """Returns the shape of theirs, of that of its joined parts."""
+        if not self.is_merged:
+            return joined
+        before, heads, size = joined[: self.axis - 1], *joined[self.axis - 1 : self.axis + 1]
+        return *before, heads * size, *joined[self.axis + 1 :]
+
     def names(self, num_layers: int) -> dict[int, str]:
         """Returns the name of each layer's tensor; of layer 0 alone where there is but one."""
         if not self.is_of_layers:
@@ -108,9 +125,9 @@ def row(path: str, name: str, layout: str | None = None, **when: Any) -> Row:
     return Row(name, (Part(path, layout or dims.suffix(path)),), **when)
 
 
-def joined(name: str, axis: int, *parts: tuple[str, str]) -> Row:
+def joined(name: str, axis: int, *parts: tuple[str, str], is_merged: bool = False) -> Row:
     """Returns the row of a tensor that joins several parameters, (path, layout) each."""
-    return Row(name, tuple(Part(*part) for part in parts), axis)
+    return Row(name, tuple(Part(*part) for part in parts), axis, is_merged)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,13 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
         "feed_forward_proj": among("relu", "gated-gelu", "gated-silu"),
         "activation_function": among("gelu_new", "relu", "silu"),
         "num_labels": int(rng.integers(2, 6)),
+        "kv_lora_rank": int(rng.integers(1, 20)),
+        "q_lora_rank": among(None, int(rng.integers(1, 20))),
+        "qk_nope_head_dim": int(rng.integers(1, 9)),
+        "qk_rope_head_dim": 2 * int(rng.integers(1, 5)),
+        "v_head_dim": int(rng.integers(1, 9)),
+        "first_k_dense_replace": layers,
+        "rope_interleave": among(True, False),
     }
     for names, value in {
         ("hidden_size", "d_model", "n_embd"): width,
@@ -66,6 +73,8 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
         ("decoder_layers",): int(rng.integers(1, 4)),
     }.items():
         drawn |= dict.fromkeys(names, value)
+    if "kv_lora_rank" in settings:  # every head has keys of its own
+        drawn["num_key_value_heads"] = heads
     settings |= {key: value for key, value in drawn.items() if key in settings}
     if name.startswith("t5"):
         settings["tie_word_embeddings"] = among(True, False)

@@ -94,9 +94,33 @@ def test_buffers_that_do_not_follow_from_the_config_are_refused(tmp_path):
         ("llama2", {"hidden_size": "16"}, "embed_dim = '16' is a str"),
         (
             "llama3",
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "rope_parameters.rope_type = 'yarn'",
+            {"rope_parameters": {"rope_type": "longrope"}},
+            "rope_parameters.rope_type = 'longrope'",
         ),
+        ("llama3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters lacks factor"),
+        (
+            "llama3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+            "rope_parameters.truncate = False",
+        ),
+        (
+            "llama3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "mscale": 1.0}},
+            "rope_parameters has mscale",
+        ),
+        (
+            "deepseek_v3",
+            {"first_k_dense_replace": 1},
+            "first_k_dense_replace = 1 with num_hidden_layers = 2: layers from 1 on are of experts",
+        ),
+        ("deepseek_v2", {"first_k_dense_replace": None}, "first_k_dense_replace = 0 with num_hid"),
+        (
+            "deepseek_v3",
+            {"num_key_value_heads": 2},
+            "num_key_value_heads = 2 with num_attention_heads = 4",
+        ),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias = True"),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias = True"),
         ("llama3", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters lacks factor"),
         (
             "llama3",
@@ -173,6 +197,9 @@ def test_settings_that_are_not_known_are_said(tmp_path, caplog):
 GEMMA_CAPPED = helpers.GEMMA3 | {"activation": "gelu_tanh", "attention_softcap": 5.0}
 
 
+_LATENTS = helpers.LATENTS | {"tie_embeddings": False}
+
+
 def _run(tmp_path, **changes):
     config = helpers.tiny_run_config(changes)
     mesh, rules = helpers.make_mesh()
@@ -204,6 +231,16 @@ def _run(tmp_path, **changes):
             helpers.BERT | {"head": "sequence", "use_head_transform": False},
             "it has 'lm', 'none'",
         ),
+        ("deepseek_v2", _LATENTS, "config.model.rope_interleave = False (it has True)"),
+        ("deepseek_v3", _LATENTS | {"attention_scale": 0.5}, "config.model.attention_scale = 0.5"),
+        (
+            "deepseek_v3",
+            _LATENTS | {"latent_norm_epsilon": 1e-5},
+            "config.model.latent_norm_epsilon = 1e-05 (it has 1e-06)",
+        ),
+        ("deepseek_v3", {}, "no tensors for"),
+        ("llama", _LATENTS, "no tensors for"),
+        ("llama", {"rope_interleave": True}, "config.model.rope_interleave = True"),
         ("lama", {}, "--family=lama is not known (did you mean 'llama'?)"),
     ],
 )

@@ -170,9 +170,12 @@ def test_names_of_classes_are_the_checkpoints_labels(tmp_path):
 
 _FAMILIES = {
     "bert_classifier": "bert",
+    "deepseek_v3_halves": "deepseek_v3",
+    "deepseek_v3_yarn": "deepseek_v3",
     "gemma3": "gemma3_text",
     "llama2": "llama",
     "llama3": "llama",
+    "llama_yarn": "llama",
     "t5_v1_0": "t5",
     "t5_v1_1": "t5",
 }
@@ -207,10 +210,34 @@ def test_a_run_of_ours_is_exported_by_the_family_that_fits(tmp_path):
     helpers.assert_equal(conversion.params(), trees.to_nested(model))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_latent_dim": None, "rope_interleave": True},
+        {"rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_attention_factor": 0.9}
+        | {"attention_scale": 0.4},
+        {"rope_scaling": "yarn", "rope_scaling_factor": 40.0, "rope_beta_fast": 16.0},
+    ],
+    ids=str,
+)
+def test_runs_with_latents_are_exported(changes, tmp_path):
+    """Any scale of scores is one of their `mscale_all_dim`."""
+    config = helpers.tiny_run_config(helpers.LATENTS | {"tie_embeddings": False} | changes)
+    mesh, rules = helpers.make_mesh()
+    model = helpers.random_model(config.model, mesh, rules)
+    checkpoint.save_params(str(tmp_path / "run"), config, {"kind": "bytes"}, trees.to_nested(model))
+    folder = folders.export(tmp_path / "run", tmp_path / "model", family="deepseek_v3")
+    source = source_lib.open_folder(folder, has_tokenizer=False)
+    conversion = importing.Conversion(source, importing.Options(has_tokenizer=False), mesh, rules)
+    assert settings.is_same(conversion.model_config, config.model)
+    helpers.assert_equal(conversion.params(), trees.to_nested(model))
+
+
 # --- on a mesh ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama3", "gpt2", "t5_v1_0"])
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "t5_v1_0", "deepseek_v2"])
 def test_parameters_are_filled_on_any_mesh(name):
     source = source_lib.open_folder(goldens.FOLDER / name, has_tokenizer=False)
     options = importing.Options(has_tokenizer=False)

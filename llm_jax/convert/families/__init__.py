@@ -2,6 +2,7 @@
 
 from llm_jax.convert import table
 from llm_jax.convert.families import bert
+from llm_jax.convert.families import deepseek
 from llm_jax.convert.families import gemma2
 from llm_jax.convert.families import gemma3
 from llm_jax.convert.families import gpt2
@@ -24,6 +25,8 @@ BY_TYPE: dict[str, table.Family] = {
         gemma2.FAMILY,
         gemma3.FAMILY,
         olmo2.FAMILY,
+        deepseek.V2,
+        deepseek.V3,
         bert.FAMILY,
         modernbert.FAMILY,
         t5.FAMILY,

@@ -16,7 +16,7 @@ ENCODERS = ("bert", "bert_classifier", "modernbert")
 ENCODER_DECODERS = ("marian", "t5_v1_0", "t5_v1_1")
 DECODERS = tuple(name for name in NAMES if name not in ENCODERS + ENCODER_DECODERS)
 NUM_NEW_TOKENS = 12  # of generated text, at the most
-WITH_BEAMS = ("gpt2", "llama3", *ENCODER_DECODERS)
+WITH_BEAMS = ("gpt2", "llama3", "deepseek_v3", *ENCODER_DECODERS)
 
 
 @dataclasses.dataclass(frozen=True)

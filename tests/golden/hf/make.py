@@ -1,4 +1,5 @@
-"""Writes the goldens of Hugging Face models: `python tests/golden/hf/make.py`, with torch and transformers.
+"""Writes the goldens of Hugging Face models: `python tests/golden/hf/make.py [NAME..]`, with torch and
+transformers; of these variants, or of all.
 
 Each variant is a tiny random model as `save_pretrained` writes it (`config.json`, `model.safetensors`) and
 `outputs.safetensors`: what the model makes of a few rows. Everything follows from the seeds below; the
@@ -7,6 +8,7 @@ tests read the files with `goldens.py` and need neither torch nor transformers.
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,29 @@ _LLAMA3_ROPE = {
 _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+# Widths of a head differ, as do those of the two latents; layers are dense.
+_LATENTS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
 }
 
 # Name: architecture, config class and settings.
@@ -169,8 +194,46 @@ VARIANTS = {
         },
     ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _SMALL | _GROUPED),
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        _SMALL
+        | _LATENTS
+        | {
+            "q_lora_rank": None,
+            "rope_parameters": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _SMALL | _LATENTS),
+    "deepseek_v3_halves": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _SMALL | _LATENTS | {"q_lora_rank": None, "rope_interleave": False, "rms_norm_eps": 1e-3},
+    ),
+    "deepseek_v3_yarn": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _SMALL | _LATENTS | {"rope_parameters": _YARN | {"mscale": 1.5, "mscale_all_dim": 0.8}},
+    ),
+    "llama_yarn": ("LlamaForCausalLM", "LlamaConfig", _SMALL | {"rope_parameters": _YARN}),
 }
-WITH_BEAMS = ("gpt2", "llama3", "t5_v1_0", "t5_v1_1", "marian")
+# A place is a seed: a new variant goes last.
+ORDER = (
+    *(
+        "bert",
+        "bert_classifier",
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "llama2",
+        "llama3",
+        "marian",
+        "mistral",
+    ),
+    *("modernbert", "olmo2", "qwen2", "qwen3", "t5_v1_0", "t5_v1_1", "deepseek_v2", "deepseek_v3"),
+    *("deepseek_v3_halves", "deepseek_v3_yarn", "llama_yarn"),
+)
+WITH_BEAMS = ("gpt2", "llama3", "deepseek_v3", "t5_v1_0", "t5_v1_1", "marian")
 ENCODERS = ("bert", "bert_classifier", "modernbert")
 ENCODER_DECODERS = ("t5_v1_0", "t5_v1_1", "marian")
 
@@ -326,8 +389,8 @@ def write(name: str, folder: pathlib.Path, settings: dict[str, Any], seed: int) 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name, (_, _, settings) in VARIANTS.items():
-        write(name, FOLDER / name, settings, seed=sorted(VARIANTS).index(name))
+    for name in sys.argv[1:] or ORDER:
+        write(name, FOLDER / name, VARIANTS[name][2], seed=ORDER.index(name))
         print(name, flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
