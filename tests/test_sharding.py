@@ -172,6 +172,18 @@ def test_check_accepts(shape, rules):
             ["model.embed_dim = 12", "data"],
         ),
         (
+            (1, 4, 1, 1, 1),
+            "fsdp",
+            {"model": helpers.LATENTS | {"kv_latent_dim": 6}},
+            ["model.kv_latent_dim = 6", "4 ways", "data"],
+        ),
+        (
+            (1, 4, 1, 1, 1),
+            "fsdp",
+            {"model": helpers.LATENTS | {"q_latent_dim": 6}},
+            ["model.q_latent_dim = 6", "4 ways"],
+        ),
+        (
             (1, 1, 1, 1, 4),
             "tp",
             {},

@@ -6,8 +6,13 @@ import pytest
 
 from llm_jax import config as config_lib
 from llm_jax.aot import kernel_cost
+from llm_jax.aot import topology
 from llm_jax.kernels.costing import of_configs
+from llm_jax.kernels.costing import shapes
+from llm_jax.plan import planner
 
+# Widths of the latent, of a head's two parts and of its values, all of them others.
+_LATENTS = {"kv_latent_dim": 96, "head_dim": 32, "rope_head_dim": 16, "value_head_dim": 24}
 _FORWARD, _BACKWARD = "flash_attention_forward", "flash_attention_backward"
 
 
@@ -83,3 +88,38 @@ def test_key_heads_that_do_not_divide_are_held_by_all():
         shape = case.arguments["shape"]
         assert (shape["heads"], shape["key_heads"]) == (heads, key_heads)
         assert case.slice_name == "v5e:1x1"
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_latents_are_keys_of_one_head_on_every_device(tensor):
+    model = config_lib.ModelConfig(num_heads=8, embed_dim=64, **_LATENTS)
+    config = dataclasses.replace(config_lib.RunConfig(model=model), slice="v5e:2x2")
+    case = of_configs.decode(config, "v5e:2x2", 3, 256, tensor)
+    shape = shapes.Decode(**case.arguments["shape"])
+    assert (shape.key_heads, shape.group) == (1, 8 // tensor)
+    assert (shape.width, shape.num_values) == (96 + 16, 96)
+    # A token is as many bfloat16 numbers, for all heads and for keys and values.
+    assert shape.least_bytes == 3 * 256 * (96 + 16) * 2
+    axes = {"replica": 1, "data": 1, "seq": 1, "expert": 1, "tensor": tensor}
+    expanded = shapes.Attention(**of_configs.attention(config, "v5e:2x2", axes).arguments["shape"])
+    assert (expanded.heads, expanded.key_heads) == (8 // tensor, 8 // tensor)
+    assert (expanded.width, expanded.value_width) == (32 + 16, 24)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not topology.is_available(), reason="libtpu is not installed")
+def test_latents_on_a_tpu_are_trained_by_the_kernels_and_read_once():
+    model = config_lib.ModelConfig(num_heads=8, embed_dim=64, **_LATENTS)
+    data = config_lib.DataConfig(batch_size=2, sequence_length=512)
+    config = dataclasses.replace(config_lib.RunConfig(model=model, data=data), slice="v5e:1x1")
+    axes = dict.fromkeys(("replica", "data", "seq", "expert", "tensor"), 1)
+    cases = [
+        of_configs.attention(config, "v5e:1x1", axes),
+        of_configs.decode(config, "v5e:1x1", 4, 1024, 1),
+    ]
+    training, generation = kernel_cost.costs(cases, timeout_seconds=planner.TIMEOUT_SECONDS)
+    names = " ".join(kernel.name for kernel in training.kernels)
+    assert _FORWARD in names and _BACKWARD in names
+    assert not generation.kernels
+    least = shapes.Decode(**cases[1].arguments["shape"]).least_bytes
+    assert least < generation.hbm_bytes_read < 1.1 * least

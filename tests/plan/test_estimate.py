@@ -59,6 +59,28 @@ def test_settings_move_memory_as_they_should(section, fields, less):
         assert after.saved == before.saved
 
 
+def test_latents_are_kept_beside_what_they_are_expanded_to():
+    """And queries, keys and values of their own widths, cut by heads where latents are not."""
+    latents = {"kv_latent_dim": 512, "q_latent_dim": 768, "rope_head_dim": 64}
+    config = _changed(_LLAMA.config(), "model", **latents, value_head_dim=96)
+    for tensor in (1, 4):
+        mesh = {"tensor": tensor, "rules": "fsdp_tp"}
+        one = _changed(config, "mesh", **mesh)
+        saved = {
+            remat: estimate_lib.estimate(
+                _changed(one, "model", remat=remat), _LLAMA.slice_name
+            ).saved
+            for remat in ("full", "qkv", "dots")
+        }
+        m, data, optim = one.model, one.data, one.optim
+        tokens = data.batch_size * data.sequence_length // optim.accumulation_steps // 32 * tensor
+        number = 2 * tokens * m.num_layers
+        qkv = m.num_heads * (2 * (m.head_width + 64) + 96) // tensor
+        assert saved["qkv"] - saved["full"] == number * qkv
+        products = 2 * m.embed_dim + qkv + 2 * m.mlp_width // tensor + 512 + 64 + 768
+        assert saved["dots"] - saved["full"] == number * products
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     config = _changed(_LLAMA.config(), "data", batch_size=1000)
     config = _changed(config, "optim", accumulation_steps=1)
