@@ -56,9 +56,9 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
         "feed_forward_proj": among("relu", "gated-gelu", "gated-silu"),
         "activation_function": among("gelu_new", "relu", "silu"),
         "num_labels": int(rng.integers(2, 6)),
-        "kv_lora_rank": int(rng.integers(1, 20)),
+        "kv_lora_rank": 2 * int(rng.integers(1, 10)),  # and below: V2's rotation needs even strides
         "q_lora_rank": among(None, int(rng.integers(1, 20))),
-        "qk_nope_head_dim": int(rng.integers(1, 9)),
+        "qk_nope_head_dim": 2 * int(rng.integers(1, 5)),
         "qk_rope_head_dim": 2 * int(rng.integers(1, 5)),
         "v_head_dim": int(rng.integers(1, 9)),
         "first_k_dense_replace": layers,
@@ -138,6 +138,7 @@ def test_transformers_loads_what_is_exported(live, tmp_path):
     [
         ("LlamaForCausalLM", "llama", {"tie_embeddings": False}),
         ("GPT2LMHeadModel", "gpt2", helpers.GPT2),
+        ("DeepseekV3ForCausalLM", "deepseek_v3", helpers.LATENTS | {"tie_embeddings": False}),
         ("BertForMaskedLM", "bert", helpers.BERT),
         ("T5ForConditionalGeneration", "t5", helpers.T5),
     ],
