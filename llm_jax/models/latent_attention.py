@@ -1,9 +1,9 @@
 """Multi-head latent attention: keys and values of all heads are made of one small vector a token.
 
-DeepSeek-V2 (arXiv 2405.04434), section 2.1, and DeepSeek-V3 (2412.19437), section 2.1.1. What a key has of its
-token's position is a part of its own, which the heads share (section 2.1.3). So a cache holds the latent and
-that part alone, and a step of generation attends to them as they are: the weights that would expand latents
-are multiplied into the queries and into what was attended instead (section 2.1.2).
+DeepSeek-V2 (arXiv 2405.04434), section 2.1, and DeepSeek-V3 (2412.19437), section 2.1.1. What a key has of
+its token's position is a part of its own, which the heads share (section 2.1.3). So a cache holds the latent
+and that part alone, and a step of generation attends to them as they are: the weights that would expand
+latents are multiplied into the queries and into what was attended instead (section 2.1.2).
 """
 
 from flax import nnx
@@ -46,18 +46,14 @@ class LatentAttention(nnx.Module):
         self.v_ZHC = param("v_ZHC", Z, H, config.value_width)
         self.out_HCD = param("out_HCD", H, config.value_width, D, stddev=out_std)
         if config.q_latent_dim is None:
-            self.q_DHC, self.q_rope_DHC = (
-                param("q_DHC", D, H, C),
-                param("q_rope_DHC", D, H, rotated),
-            )
+            self.q_DHC = param("q_DHC", D, H, C)
+            self.q_rope_DHC = param("q_rope_DHC", D, H, rotated)
         else:
             Z = config.q_latent_dim
             self.q_latent_DZ = param("q_latent_DZ", D, Z)
             self.q_latent_norm = layers.LatentNorm(Z, config, rules)
-            self.q_ZHC, self.q_rope_ZHC = (
-                param("q_ZHC", Z, H, C),
-                param("q_rope_ZHC", Z, H, rotated),
-            )
+            self.q_ZHC = param("q_ZHC", Z, H, C)
+            self.q_rope_ZHC = param("q_rope_ZHC", Z, H, rotated)
 
     def __call__(
         self,

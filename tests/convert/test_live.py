@@ -56,13 +56,6 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
         "feed_forward_proj": among("relu", "gated-gelu", "gated-silu"),
         "activation_function": among("gelu_new", "relu", "silu"),
         "num_labels": int(rng.integers(2, 6)),
-        "kv_lora_rank": 2 * int(rng.integers(1, 10)),  # and below: V2's rotation needs even strides
-        "q_lora_rank": among(None, int(rng.integers(1, 20))),
-        "qk_nope_head_dim": 2 * int(rng.integers(1, 5)),
-        "qk_rope_head_dim": 2 * int(rng.integers(1, 5)),
-        "v_head_dim": int(rng.integers(1, 9)),
-        "first_k_dense_replace": layers,
-        "rope_interleave": among(True, False),
     }
     for names, value in {
         ("hidden_size", "d_model", "n_embd"): width,
@@ -73,8 +66,8 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
         ("decoder_layers",): int(rng.integers(1, 4)),
     }.items():
         drawn |= dict.fromkeys(names, value)
-    if "kv_lora_rank" in settings:  # every head has keys of its own
-        drawn["num_key_value_heads"] = heads
+    if "kv_lora_rank" in settings:
+        drawn |= _random_latents(rng, heads, layers)
     settings |= {key: value for key, value in drawn.items() if key in settings}
     if name.startswith("t5"):
         settings["tie_word_embeddings"] = among(True, False)
@@ -89,6 +82,20 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
             "rope_theta": float(rng.uniform(50, 5000)),
         }
     return settings
+
+
+def _random_latents(rng: np.random.Generator, heads: int, layers: int) -> dict[str, Any]:
+    """Returns settings of latent attention; even widths, as V2's rotation needs even strides."""
+    return {
+        "num_key_value_heads": heads,
+        "kv_lora_rank": 2 * int(rng.integers(1, 10)),
+        "q_lora_rank": int(rng.integers(1, 20)) if rng.integers(2) else None,
+        "qk_nope_head_dim": 2 * int(rng.integers(1, 5)),
+        "qk_rope_head_dim": 2 * int(rng.integers(1, 5)),
+        "v_head_dim": int(rng.integers(1, 9)),
+        "first_k_dense_replace": layers,
+        "rope_interleave": bool(rng.integers(2)),
+    }
 
 
 @pytest.fixture(
