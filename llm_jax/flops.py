@@ -22,13 +22,45 @@ PEAK_FLOPS = {
 }
 
 
-def layer_params(m: config_lib.ModelConfig, has_cross: bool = False) -> int:
-    """Returns how many parameters of one layer take part in matrix products."""
+def layer_params(
+    m: config_lib.ModelConfig, has_cross: bool = False, experts: float | None = None
+) -> float:
+    """Returns how many parameters of one layer take part in matrix products.
+
+    Args:
+      m: the model.
+      has_cross: whether the layer attends to an encoder, too.
+      experts: how many of its experts are counted, beside those that all tokens share; None: it is dense.
+    """
     attention = m.embed_dim * m.head_width * 2 * (m.num_heads + m.kv_heads)
     if m.kv_latent_dim is not None:
         attention = _latent_attention_params(m)
-    mlp = (3 if m.is_gated else 2) * m.embed_dim * m.mlp_width
-    return (2 if has_cross else 1) * attention + mlp
+    width = m.mlp_width
+    router = 0
+    if experts is not None:
+        width = m.expert_width * (experts + m.moe.num_shared_experts)
+        router = _router_params(m)
+    mlp = (3 if m.is_gated else 2) * m.embed_dim * width
+    return (2 if has_cross else 1) * attention + mlp + router
+
+
+def _router_params(m: config_lib.ModelConfig) -> int:
+    if m.moe.router in ("hash", "random"):
+        return 0
+    slots = m.moe.num_experts * m.moe.slots_per_expert
+    # Soft ones score slots, fill them and empty them.
+    return m.embed_dim * slots * (3 if m.moe.router == "soft" else 1)
+
+
+def _stack_params(
+    m: config_lib.ModelConfig, stack: str, num_layers: int, length: int, has_cross: bool = False
+) -> float:
+    """Returns the parameters that multiply a token of a stack's rows of a length."""
+    experts = float(m.moe.experts_per_token)
+    if m.moe.router == "soft":
+        experts = m.moe.num_experts * m.moe.slots_per_expert / length
+    is_expert = m.expert_layers(num_layers) if m.has_experts(stack) else (False,) * num_layers
+    return sum(layer_params(m, has_cross, experts if own else None) for own in is_expert)
 
 
 def _latent_attention_params(m: config_lib.ModelConfig) -> int:
@@ -50,9 +82,9 @@ def head_params(m: config_lib.ModelConfig) -> int:
     return m.embed_dim * outputs + num_square * m.embed_dim**2
 
 
-def matmul_params(m: config_lib.ModelConfig) -> int:
+def matmul_params(m: config_lib.ModelConfig) -> float:
     """Returns how many parameters of a decoder or an encoder multiply the state of each token."""
-    return m.num_layers * layer_params(m) + head_params(m)
+    return _stack_params(m, m.architecture, m.num_layers, m.max_length) + head_params(m)
 
 
 def forward_flops_per_row(m: config_lib.ModelConfig, length: int, target_length: int = 0) -> float:
@@ -68,7 +100,8 @@ def forward_flops_per_row(m: config_lib.ModelConfig, length: int, target_length:
     is_causal = m.architecture == "decoder"
     pairs = sum(_num_pairs(m, kind, length, is_causal) for kind in _kinds(m, m.num_layers))
     per_pair = 2 * m.num_heads * (m.key_width + m.value_width)
-    products = m.num_layers * layer_params(m) * length
+    stack = "encoder" if m.architecture == "encoder_decoder" else m.architecture
+    products = _stack_params(m, stack, m.num_layers, length) * length
     read = 1 if m.head == "sequence" else length
     if m.architecture == "encoder_decoder":
         kinds = _kinds(m, m.decoder_layers)
@@ -76,8 +109,9 @@ def forward_flops_per_row(m: config_lib.ModelConfig, length: int, target_length:
         pairs += m.decoder_layers * length * target_length
         # Keys and values of cross-attention are of the encoder's tokens, all else of the decoder's.
         keys = 2 * m.embed_dim * m.head_width * m.kv_heads
-        own = layer_params(m, has_cross=True) - keys
-        products += m.decoder_layers * (own * target_length + keys * length)
+        layers = m.decoder_layers
+        own = _stack_params(m, "decoder", layers, target_length, has_cross=True) - layers * keys
+        products += own * target_length + layers * keys * length
         read = target_length
     return 2.0 * (products + head_params(m) * read) + per_pair * pairs
 

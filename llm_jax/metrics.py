@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a line on the terminal."""
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 import json
 import math
@@ -9,6 +10,8 @@ import sys
 import time
 
 from llm_jax import errors
+
+Value = float | list  # of a metric, of each layer, or of each expert of each layer
 
 FILE_NAME = "metrics.jsonl"
 
@@ -30,21 +33,36 @@ class Writer:
         self._file = tf.io.gfile.GFile(path, "a")
         self._board = tf.summary.create_file_writer(tf.io.gfile.join(workdir, "tensorboard"))
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one row. JSON has no NaN: what is not finite is written as a string."""
-        row = {"step": step} | {
-            name: value if math.isfinite(value) else str(value) for name, value in scalars.items()
-        }
+    def write(self, step: int, values: Mapping[str, Value]) -> None:
+        """Appends one row. JSON has no NaN: what is not finite is written as a string.
+
+        Of lists TensorBoard gets each number by its place in them; lists of lists are in the file alone.
+        """
+        row = {"step": step} | {name: _json(value) for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         with self._board.as_default():
-            for name, value in scalars.items():
+            for name, value in _scalars(values):
                 self._tf.summary.scalar(name, value, step=step)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.close()
         self._board.close()
+
+
+def _json(value: Value) -> float | str | list:
+    if isinstance(value, list):
+        return [_json(one) for one in value]
+    return value if math.isfinite(value) else str(value)
+
+
+def _scalars(values: Mapping[str, Value]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if not isinstance(value, list):
+            yield name, value
+        elif value and not isinstance(value[0], list):
+            yield from ((f"{name}/{index:02}", one) for index, one in enumerate(value))
 
 
 def _truncate(gfile, path: str, last_step: int) -> None:

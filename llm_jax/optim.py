@@ -128,6 +128,8 @@ _MUON_SPLITS = {
     "HCD": ("HC", "D"),
     "DF": ("D", "F"),
     "FD": ("F", "D"),
+    "EDF": ("D", "F"),  # each expert by itself
+    "EFD": ("F", "D"),
 }
 
 

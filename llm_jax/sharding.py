@@ -9,6 +9,8 @@ Models name dimensions (`rules.param("DF")`), never mesh axes. The presets (`mes
   fsdp_tp     as fsdp, and heads, feed-forward width and vocabulary over tensor (Megatron)
   fsdp_cp     as fsdp, with weights over data and seq: the devices that share a long sequence share
               the weights and the optimiser's state as well
+  fsdp_ep     as fsdp_tp, and the batch over expert too: experts lie over expert, all other weights over
+              data and expert as if they were one axis
   multislice  as fsdp_cp, and over tensor as fsdp_tp: whatever the axes within a slice are, a slice has
               one copy of the weights, and only gradients of its shards cross the slow network
   tp          heads, feed-forward width and vocabulary over tensor alone: for generation, which reads
@@ -64,10 +66,19 @@ class AxisRules:
 
 
 def _spec(table: tuple[tuple[str, Axes], ...], dims: str) -> PartitionSpec:
-    axes = dict(table)
+    axes, spec, used = dict(table), [], set()
     if "D" in dims:  # which lies on what Z does: an axis cuts one dimension of an array
         axes.pop("Z", None)
-    return PartitionSpec(*(axes.get(letter) for letter in dims))
+    for letter in dims:
+        # Of weights with experts the width lies on what the experts leave of its axes.
+        names = [name for name in _names(axes.get(letter)) if name not in used]
+        used.update(names)
+        spec.append(names[0] if len(names) == 1 else tuple(names) or None)
+    return PartitionSpec(*spec)
+
+
+def _names(axes: Axes | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _rules(params: dict[str, Axes], acts: dict[str, Axes]) -> AxisRules:
@@ -77,11 +88,17 @@ def _rules(params: dict[str, Axes], acts: dict[str, Axes]) -> AxisRules:
 
 _TENSOR = {"H": "tensor", "K": "tensor", "F": "tensor", "V": "tensor"}
 
+_ROWS = ("replica", "data", "expert")
+
 PRESETS = {
     "dp": _rules({}, {}),
     "fsdp": _rules(dict.fromkeys("DZ", "data"), {}),
     "fsdp_tp": _rules(dict.fromkeys("DZ", "data") | _TENSOR, _TENSOR),
     "fsdp_cp": _rules(dict.fromkeys("DZ", ("data", "seq")), {}),
+    "fsdp_ep": _rules(
+        dict.fromkeys("DZ", ("data", "expert")) | {"E": "expert"} | _TENSOR,
+        {"B": _ROWS, "N": _ROWS, "E": "expert"} | _TENSOR,
+    ),
     "multislice": _rules(dict.fromkeys("DZ", ("data", "seq")) | _TENSOR, _TENSOR),
     "tp": _rules(_TENSOR, _TENSOR),
 }
@@ -105,9 +122,8 @@ def _of_groups(table: tuple[tuple[str, Axes], ...]) -> tuple[tuple[str, Axes], .
 
 def axis_size(mesh: jax.sharding.Mesh, axes: Axes | None) -> int:
     """Returns how many ways `axes` of `mesh` split a dimension."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
     size = 1
-    for name in names:
+    for name in _names(axes):
         size *= mesh.shape[name]
     return size
 
@@ -205,5 +221,13 @@ def _model_sizes(m: config_lib.ModelConfig, rules: AxisRules) -> list[tuple[str,
         *((name, size, params.get("Z")) for name, size in latents.items() if size is not None),
         ("model.embed_dim", m.embed_dim, params.get("D")),
         ("model.mlp_dim", m.mlp_width, params.get("F")),
+        *(
+            [
+                ("model.moe.num_experts", m.moe.num_experts, params.get("E")),
+                ("model.moe.expert_dim", m.expert_width, params.get("F")),
+            ]
+            if m.moe.is_on
+            else []
+        ),
         ("model.vocab_size", m.vocab_size, params.get("V")),
     ]

@@ -223,7 +223,7 @@ class Run:
         if pending is None:
             return
         step, metrics = pending
-        row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        row = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         if self._config.train.on_nonfinite == "stop":
             self._check_finite(step, row)
         self._throughput.add(self._config.tokens_per_step, waited)

@@ -17,8 +17,10 @@ from llm_jax.data import batch as batch_lib
 from llm_jax.kernels.cross_entropy import op as cross_entropy
 from llm_jax.kernels.flash_attention import ring
 from llm_jax.models import build
+from llm_jax.models.moe import balance
 
 Metrics = dict[str, jax.Array]
+Routed = dict[str, balance.Routed]  # by stack
 
 
 @jax.tree_util.register_dataclass
@@ -80,12 +82,17 @@ def states(
     model: build.Model,
     batch: batch_lib.Batch,
     key: jax.Array | None = None,
-) -> jax.Array:
-    """Returns what a model's head reads of a batch, [B, T, D]; `key` turns dropout on."""
+) -> tuple[jax.Array, Routed]:
+    """Returns what a model's head reads of a batch, [B, T, D], and what its routers did.
+
+    `key` is that of a training step.
+    """
     # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
     is_told = config.data.packing == "packed" or config.model.architecture != "decoder"
     segments_BT = batch.segments if is_told else None
     inputs = batch_lib.model_inputs(batch)
+    if config.model.moe.is_on and not is_told:
+        inputs["numbers_BT"] = batch.segments
     return model.hidden(batch.tokens, batch.positions, segments_BT, key, **inputs)
 
 
@@ -94,14 +101,14 @@ def token_losses(
     model: build.Model,
     batch: batch_lib.Batch,
     key: jax.Array | None = None,
-) -> cross_entropy.TokenLosses:
-    """Returns the losses of a batch's tokens in the vocabulary; `key` turns dropout on.
+) -> tuple[cross_entropy.TokenLosses, Routed]:
+    """Returns the losses of a batch's tokens in the vocabulary, and what routers did; `key` as of `states`.
 
     Tokens are in the order that the model takes, which `_in_order` makes.
     """
-    x_BTD = states(config, model, batch, key)
+    x_BTD, routed = states(config, model, batch, key)
     head_dims, head = model.head()
-    return cross_entropy.cross_entropy(
+    tokens = cross_entropy.cross_entropy(
         x_BTD,
         head[...],
         batch.targets,
@@ -113,6 +120,7 @@ def token_losses(
         z_loss=config.train.z_loss,
         bias_V=None if model.head_bias_V is None else model.head_bias_V[...],
     )
+    return tokens, routed
 
 
 def _in_order(model: build.Model, batch: batch_lib.Batch) -> batch_lib.Batch:
@@ -125,18 +133,21 @@ def _objective(
     model: build.Model,
     batch: batch_lib.Batch,
     key: jax.Array | None,
-) -> tuple[jax.Array, losses.LossSums]:
-    """Returns what is minimised, summed over a batch, and the sums that are reported."""
+) -> tuple[jax.Array, losses.LossSums, Routed]:
+    """Returns what is minimised, summed over a batch, the sums that are reported, and what routers did.
+
+    Losses of routers are not among these sums.
+    """
     if config.model.head == "lm":
-        tokens = token_losses(config, model, batch, key)
+        tokens, routed = token_losses(config, model, batch, key)
         terms = (tokens.cross_entropy_BT, tokens.log_z_BT)
-        return tokens.objective, losses.weighted_sums(*terms, batch.weights)
+        return tokens.objective, losses.weighted_sums(*terms, batch.weights), routed
     body_key, head_key = (None, None) if key is None else jax.random.split(key)
-    x_BTD = states(config, model, batch, body_key)
+    x_BTD, routed = states(config, model, batch, body_key)
     logits = model.label_logits(x_BTD, batch.segments, head_key)
     terms = losses.label_terms(config.model.head, logits, batch.targets, batch.segments)
     sums = losses.weighted_sums(terms, jnp.zeros_like(terms), batch.weights)
-    return sums.cross_entropy, sums
+    return sums.cross_entropy, sums, routed
 
 
 def loss_sums(
@@ -151,24 +162,27 @@ def loss_sums(
 
 def gradients(
     config: config_lib.RunConfig, model: build.Model, batch: batch_lib.Batch, key: jax.Array
-) -> tuple[build.Model, losses.LossSums]:
-    """Returns the gradient of the mean loss over the whole batch, and its sums.
+) -> tuple[build.Model, losses.LossSums, Routed]:
+    """Returns the gradient of the mean loss over the whole batch, its sums, and what routers did.
 
     Microbatches are weighted by their tokens: each adds its summed loss over the weight of the
     whole batch, which is known before, so accumulation equals one large batch however unevenly the
-    weights fall.
+    weights fall. Losses of routers are the mean of the microbatches' own.
     """
     batch, num_micro = _in_order(model, batch), config.optim.accumulation_steps
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
     def loss(model, batch, key):
-        drops = config.model.dropout or config.model.attention_dropout
-        objective, sums = _objective(config, model, batch, key if drops else None)
-        return objective / weight, sums
+        objective, *sums = _objective(config, model, batch, key if needs_key else None)
+        of_routers = sum(jnp.sum(routed.loss) for routed in sums[1].values())
+        return objective / weight + of_routers / num_micro, tuple(sums)
 
+    m = config.model
+    needs_key = m.dropout or m.attention_dropout or m.moe.is_on
     gradient = jax.grad(loss, has_aux=True)
     if num_micro == 1:
-        return gradient(model, batch, key)
+        grads, (sums, routed) = gradient(model, batch, key)
+        return grads, sums, routed
 
     # The sum is float32 whatever the parameters are: many small terms would be lost in bfloat16.
     def accumulate(total, micro):
@@ -181,10 +195,13 @@ def gradients(
     micro_batches = jax.tree.map(
         lambda x: x.reshape(-1, num_micro, *x.shape[1:]).swapaxes(0, 1), batch
     )
-    zeros = jax.tree.map(zero, model), losses.LossSums(*(jnp.zeros(()),) * 3)
     keys = jax.random.split(key, num_micro)
-    (grads, sums), _ = jax.lax.scan(accumulate, zeros, (micro_batches, keys))
-    return jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, model), sums
+    first = jax.tree.map(lambda x: x[0], (micro_batches, keys))
+    shapes = jax.eval_shape(loss, model, *first)[1]
+    zeros = jax.tree.map(zero, model), jax.tree.map(zero, shapes)
+    (grads, (sums, routed)), _ = jax.lax.scan(accumulate, zeros, (micro_batches, keys))
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, model)
+    return grads, sums, routed
 
 
 def train_step(
@@ -198,7 +215,7 @@ def train_step(
     optimizer, schedule = _optimizer(config)
     key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
     with jax.named_scope("gradients"):
-        grads, sums = gradients(config, state.model, batch, key)
+        grads, sums, routed = gradients(config, state.model, batch, key)
     with jax.named_scope("update"):
         grad_norm = optax.global_norm(grads)
         if config.optim.clip_norm is not None:
@@ -209,6 +226,7 @@ def train_step(
             before = _moved(before, jax.memory.Space.Device)
         updates, opt_state = optimizer.update(grads, before, state.model)
         model = optax.apply_updates(state.model, updates)
+        model = balance.moved(model, _moves(config.model.moe), routed)
     loss = sums.cross_entropy / jnp.maximum(sums.weight, 1.0)
     num_skipped = state.num_skipped
     if config.train.on_nonfinite == "skip":
@@ -229,7 +247,27 @@ def train_step(
         "train/tokens": sums.weight,
         "train/num_skipped": num_skipped,
     }
+    for stack, of_stack in routed.items():
+        metrics |= balance.metrics(of_stack, stack, config.optim.accumulation_steps)
     return TrainState(state.step + 1, num_skipped, model, opt_state), metrics
+
+
+def _moves(moe: config_lib.MoeConfig) -> balance.Moves:
+    """Returns how parameters of routers move that have no gradient, by name."""
+    if not moe.is_on:
+        return {}
+    return {
+        "selection_bias_E": lambda bias, routed: balance.next_bias(
+            bias, routed.load_E, moe.selection_bias_rate
+        ),
+        "penalty_": lambda penalty, routed: balance.next_penalty(
+            penalty,
+            routed.load_E,
+            routed.num_tokens,
+            moe.experts_per_token,
+            moe.relu_penalty_rate,
+        ),
+    }
 
 
 def _update_count(state: TrainState) -> jax.Array:

@@ -67,6 +67,38 @@ TRANSFORMER_2017 = {
     "num_kv_heads": None,
 }
 
+# DeepSeek's: a dense layer first, experts that all tokens share, balance by biases.
+EXPERTS = {
+    "num_layers": 3,
+    "moe": config_lib.MoeConfig(
+        num_experts=4,
+        expert_dim=12,
+        num_shared_experts=1,
+        first_dense_layers=1,
+        router="sigmoid",
+        num_groups=2,
+        use_selection_bias=True,
+        balance_over="sequence",
+        router_z_loss=0.1,
+    ),
+}
+
+# Experts in every other layer, with places for some of the tokens, whose loss is of the whole batch.
+SWITCH = {
+    "architecture": "encoder_decoder",
+    "num_layers": 4,
+    "num_decoder_layers": 2,
+    "moe": config_lib.MoeConfig(
+        num_experts=4,
+        experts_per_token=1,
+        every=2,
+        router="switch",
+        dispatch="capacity",
+        capacity_factor=1.0,
+        balance_loss=0.5,
+    ),
+}
+
 GEMMA3 = {
     "num_layers": 3,
     "layer_pattern": "LG",

@@ -1,5 +1,6 @@
 """Operations counted by formula, against the matrix products of the traced model."""
 
+import dataclasses
 import math
 
 import jax
@@ -38,8 +39,15 @@ def _dot_flops(jaxpr) -> int:
         {"tie_embeddings": False, "head_dim": 6, "num_kv_heads": 1, "mlp_dim": 40},
         helpers.LATENTS,
         helpers.LATENTS | {"q_latent_dim": None},
+        # All experts run in the dense dispatch, so that all are those of a token.
+        helpers.EXPERTS
+        | {
+            "moe": dataclasses.replace(
+                helpers.EXPERTS["moe"], dispatch="dense", experts_per_token=4, groups_per_token=2
+            )
+        },
     ],
-    ids=["llama", "gpt2", "untied", "latents", "one_latent"],
+    ids=["llama", "gpt2", "untied", "latents", "one_latent", "experts"],
 )
 def test_matches_the_products_of_the_model(one_device, changes):
     config = helpers.tiny_model_config(scan_layers=False, attention="reference", **changes)
@@ -71,7 +79,7 @@ def test_other_families_match_the_products_of_their_models(one_device, changes):
     batch = helpers.random_batch(config)
 
     def run(model, batch):
-        x_BTD = train_step.states(config, model, batch)
+        x_BTD, _ = train_step.states(config, model, batch)
         if config.model.head == "lm":
             return model.vocabulary_logits(x_BTD)
         return model.label_logits(x_BTD, batch.segments)

@@ -18,9 +18,12 @@ from llm_jax.config.conversion import to_dict
 from llm_jax.config.schema import ACTIVATIONS
 from llm_jax.config.schema import ARCHITECTURES
 from llm_jax.config.schema import ATTENTIONS
+from llm_jax.config.schema import BALANCES
 from llm_jax.config.schema import CONTEXTS
 from llm_jax.config.schema import CROSS_ENTROPIES
+from llm_jax.config.schema import DISPATCHES
 from llm_jax.config.schema import DTYPES
+from llm_jax.config.schema import EXPERT_STACKS
 from llm_jax.config.schema import HEADS
 from llm_jax.config.schema import KV_HEADS
 from llm_jax.config.schema import MESH_AXES
@@ -35,6 +38,7 @@ from llm_jax.config.schema import POSITIONS
 from llm_jax.config.schema import QK_NORMS
 from llm_jax.config.schema import REMATS
 from llm_jax.config.schema import ROPE_SCALINGS
+from llm_jax.config.schema import ROUTERS
 from llm_jax.config.schema import RULES
 from llm_jax.config.schema import SCHEDULES
 from llm_jax.config.schema import TEXT_OBJECTIVES
@@ -43,6 +47,7 @@ from llm_jax.config.schema import CheckpointConfig
 from llm_jax.config.schema import DataConfig
 from llm_jax.config.schema import MeshConfig
 from llm_jax.config.schema import ModelConfig
+from llm_jax.config.schema import MoeConfig
 from llm_jax.config.schema import ObjectiveConfig
 from llm_jax.config.schema import OptimConfig
 from llm_jax.config.schema import RunConfig
@@ -82,6 +87,11 @@ __all__ = [
     "TEXT_OBJECTIVES",
     "TOO_LONG",
     "TrainConfig",
+    "ROUTERS",
+    "DISPATCHES",
+    "BALANCES",
+    "EXPERT_STACKS",
+    "MoeConfig",
     "check",
     "check_objective",
     "from_config_dict",

@@ -1,37 +1,11 @@
 """What contradicts what, as far as it shows before a device is looked at."""
 
 import math
-from typing import Any
 
 from llm_jax import errors
+from llm_jax.config import checks_moe
 from llm_jax.config import schema
-
-
-def _require(holds: bool, path: str, value: Any, would_do: str) -> None:
-    if not holds:
-        raise errors.UserError(f"config.{path} = {value!r} will not do: {would_do}")
-
-
-def _require_choice(section: str, config: Any, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    hint = errors.nearest(value, choices)
-    _require(
-        value in choices, f"{section}.{name}", value, f"choose from {', '.join(choices)}{hint}"
-    )
-
-
-def _require_at_least(section: str, config: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            holds = math.isfinite(value) and value >= minimum
-            _require(holds, f"{section}.{name}", value, f"it must be at least {minimum}")
-
-
-def _require_fraction(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(0.0 <= value <= 1.0, f"{section}.{name}", value, "it must lie in [0, 1]")
+from llm_jax.config import values
 
 
 def check(config: schema.RunConfig) -> None:
@@ -61,38 +35,38 @@ def check(config: schema.RunConfig) -> None:
 
 def _check_model(m: schema.ModelConfig) -> None:
     sizes = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
-    _require_at_least("model", m, 1, *sizes, "vocab_size", "max_length", "window")
-    _require_at_least("model", m, 1, "attention_chunk", "rope_original_length")
-    _require_at_least("model", m, 0.0, "init_stddev")
-    _require_choice("model", m, "positions", schema.POSITIONS)
-    _require_choice("model", m, "rope_scaling", schema.ROPE_SCALINGS)
-    _require_choice("model", m, "norm", schema.NORMS)
-    _require_choice("model", m, "norm_placement", schema.NORM_PLACEMENTS)
-    _require_choice("model", m, "activation", schema.ACTIVATIONS)
-    _require_choice("model", m, "dtype", schema.DTYPES)
-    _require_choice("model", m, "param_dtype", schema.DTYPES[1:])
-    _require_choice("model", m, "attention", schema.ATTENTIONS)
+    values.require_at_least("model", m, 1, *sizes, "vocab_size", "max_length", "window")
+    values.require_at_least("model", m, 1, "attention_chunk", "rope_original_length")
+    values.require_at_least("model", m, 0.0, "init_stddev")
+    values.require_choice("model", m, "positions", schema.POSITIONS)
+    values.require_choice("model", m, "rope_scaling", schema.ROPE_SCALINGS)
+    values.require_choice("model", m, "norm", schema.NORMS)
+    values.require_choice("model", m, "norm_placement", schema.NORM_PLACEMENTS)
+    values.require_choice("model", m, "activation", schema.ACTIVATIONS)
+    values.require_choice("model", m, "dtype", schema.DTYPES)
+    values.require_choice("model", m, "param_dtype", schema.DTYPES[1:])
+    values.require_choice("model", m, "attention", schema.ATTENTIONS)
     if m.attention == "jax_nn" and m.attention_softcap is not None:
         raise errors.UserError(
             "config.model.attention = 'jax_nn' has no soft-cap, but attention_softcap ="
             f" {m.attention_softcap}; set it to None, or use attention 'auto'"
         )
-    _require_choice("model", m, "remat", schema.REMATS)
-    _require_fraction("model", m, "dropout", "rope_fraction")
-    _require(m.dropout < 1.0, "model.dropout", m.dropout, "1.0 would drop everything")
+    values.require_choice("model", m, "remat", schema.REMATS)
+    values.require_fraction("model", m, "dropout", "rope_fraction")
+    values.require(m.dropout < 1.0, "model.dropout", m.dropout, "1.0 would drop everything")
     for name in ("attention_softcap", "logit_softcap", "norm_epsilon", "rope_theta"):
         value = getattr(m, name)
         if value is not None:
             holds = math.isfinite(value) and value > 0
-            _require(holds, f"model.{name}", value, "it must be above 0 and finite")
+            values.require(holds, f"model.{name}", value, "it must be above 0 and finite")
     if m.head_dim is None:
-        _require(
+        values.require(
             m.embed_dim % m.num_heads == 0,
             "model.num_heads",
             m.num_heads,
             f"it must divide embed_dim = {m.embed_dim}, or model.head_dim must be given",
         )
-    _require(
+    values.require(
         m.num_heads % m.kv_heads == 0,
         "model.num_kv_heads",
         m.kv_heads,
@@ -102,22 +76,23 @@ def _check_model(m: schema.ModelConfig) -> None:
         _check_rope(m)
     _check_family(m)
     _check_latents(m)
+    checks_moe.check(m)
 
 
 def _check_rope(m: schema.ModelConfig) -> None:
-    _require(
+    values.require(
         m.kv_latent_dim is not None or (schema.rope_width(m) % 2 == 0 and schema.rope_width(m) > 0),
         "model.rope_fraction",
         m.rope_fraction,
         f"{m.rope_fraction} of head width {m.head_width} is {schema.rope_width(m)}; RoPE rotates"
         " pairs, so it must come out even and above 0",
     )
-    _require_at_least("model", m, 1.0, "rope_scaling_factor")
+    values.require_at_least("model", m, 1.0, "rope_scaling_factor")
     bounds = {
         "llama3": ("rope_low_freq_factor", "rope_high_freq_factor"),
         "yarn": ("rope_beta_slow", "rope_beta_fast"),
     }
-    _require(
+    values.require(
         m.rope_scaling != "yarn" or m.rope_theta > 1,
         "model.rope_theta",
         m.rope_theta,
@@ -127,21 +102,21 @@ def _check_rope(m: schema.ModelConfig) -> None:
         low, high = bounds[m.rope_scaling]
         value, most = getattr(m, low), getattr(m, high)
         holds = 0 < value < most
-        _require(holds, f"model.{low}", value, f"it must lie in (0, {high} = {most})")
+        values.require(holds, f"model.{low}", value, f"it must lie in (0, {high} = {most})")
 
 
 def _check_latents(m: schema.ModelConfig) -> None:
     """Checks multi-head latent attention: what it needs, and what it leaves no room for."""
     sizes = ("kv_latent_dim", "q_latent_dim", "rope_head_dim", "value_head_dim")
-    _require_at_least("model", m, 1, *sizes)
+    values.require_at_least("model", m, 1, *sizes)
     holds = math.isfinite(m.latent_norm_epsilon) and m.latent_norm_epsilon > 0
     path = "model.latent_norm_epsilon"
-    _require(holds, path, m.latent_norm_epsilon, "it must be above 0 and finite")
+    values.require(holds, path, m.latent_norm_epsilon, "it must be above 0 and finite")
     if m.kv_latent_dim is None:
         for name in sizes[1:]:
             value = getattr(m, name)
             would_do = "it is of multi-head latent attention: set model.kv_latent_dim, or leave it"
-            _require(value is None, f"model.{name}", value, f"{would_do} None")
+            values.require(value is None, f"model.{name}", value, f"{would_do} None")
         return
     wanted = {
         "architecture": ("decoder", "only a decoder attends to latents"),
@@ -155,15 +130,15 @@ def _check_latents(m: schema.ModelConfig) -> None:
     for name, (value, why) in wanted.items():
         path, given = f"model.{name}", getattr(m, name)
         hint = f"with model.kv_latent_dim = {m.kv_latent_dim} it must be {value!r}: {why}"
-        _require(given == value, path, given, hint)
+        values.require(given == value, path, given, hint)
     width = m.rope_head_width
-    _require(
+    values.require(
         width % 2 == 0 and width > 0,
         "model.rope_head_dim",
         m.rope_head_dim,
         f"RoPE rotates pairs, so it must be even and above 0, not {width}",
     )
-    _require(
+    values.require(
         m.attention != "jax_nn" or m.key_width == m.value_width,
         "model.attention",
         m.attention,
@@ -174,53 +149,57 @@ def _check_latents(m: schema.ModelConfig) -> None:
 
 def _check_family(m: schema.ModelConfig) -> None:
     """Checks what only some families have."""
-    _require_choice("model", m, "architecture", schema.ARCHITECTURES)
-    _require_choice("model", m, "head", schema.HEADS)
-    _require_choice("model", m, "pooling", schema.POOLINGS)
-    _require_choice("model", m, "qk_norm", schema.QK_NORMS)
-    _require_at_least("model", m, 1, "num_decoder_layers", "num_labels")
-    _require_at_least("model", m, 0, "num_token_types", "decoder_start_id")
-    _require_fraction("model", m, "attention_dropout")
-    _require(m.attention_dropout < 1.0, "model.attention_dropout", m.attention_dropout, "below 1.0")
+    values.require_choice("model", m, "architecture", schema.ARCHITECTURES)
+    values.require_choice("model", m, "head", schema.HEADS)
+    values.require_choice("model", m, "pooling", schema.POOLINGS)
+    values.require_choice("model", m, "qk_norm", schema.QK_NORMS)
+    values.require_at_least("model", m, 1, "num_decoder_layers", "num_labels")
+    values.require_at_least("model", m, 0, "num_token_types", "decoder_start_id")
+    values.require_fraction("model", m, "attention_dropout")
+    values.require(
+        m.attention_dropout < 1.0, "model.attention_dropout", m.attention_dropout, "below 1.0"
+    )
     for name in ("attention_scale", "rope_local_theta", "rope_attention_factor"):
         value = getattr(m, name)
         holds = value is None or (math.isfinite(value) and value > 0)
-        _require(holds, f"model.{name}", value, "it must be above 0 and finite, or None")
+        values.require(holds, f"model.{name}", value, "it must be above 0 and finite, or None")
     is_pattern = set(m.layer_pattern) <= {"L", "G"}
-    _require(is_pattern, "model.layer_pattern", m.layer_pattern, "use the letters L and G")
-    _require(
+    values.require(is_pattern, "model.layer_pattern", m.layer_pattern, "use the letters L and G")
+    values.require(
         "L" not in m.layer_pattern or m.window is not None,
         "model.layer_pattern",
         m.layer_pattern,
         "its local layers (L) need a model.window",
     )
     is_even = m.relative_buckets >= 4 and m.relative_buckets % 2 == 0
-    _require(is_even, "model.relative_buckets", m.relative_buckets, "use an even number from 4 on")
-    _require(
+    values.require(
+        is_even, "model.relative_buckets", m.relative_buckets, "use an even number from 4 on"
+    )
+    values.require(
         m.relative_max_distance > m.relative_buckets // 2,
         "model.relative_max_distance",
         m.relative_max_distance,
         f"it must be above relative_buckets / 2 = {m.relative_buckets // 2}",
     )
-    _require(
+    values.require(
         m.num_decoder_layers is None or m.architecture == "encoder_decoder",
         "model.num_decoder_layers",
         m.num_decoder_layers,
         f"model.architecture = {m.architecture!r} has num_layers; leave it None",
     )
-    _require(
+    values.require(
         m.num_token_types == 0 or m.architecture == "encoder",
         "model.num_token_types",
         m.num_token_types,
         f"model.architecture = {m.architecture!r} reads no token types; set it to 0",
     )
-    _require(
+    values.require(
         m.architecture != "encoder_decoder" or m.head == "lm",
         "model.head",
         m.head,
         "an encoder_decoder writes text: use lm, or an encoder or a decoder for labels",
     )
-    _require(
+    values.require(
         not m.is_entry_normalised or m.norm_placement == "pre",
         "model.is_entry_normalised",
         m.is_entry_normalised,
@@ -230,32 +209,32 @@ def _check_family(m: schema.ModelConfig) -> None:
 
 def _check_data(config: schema.RunConfig) -> None:
     d = config.data
-    _require_at_least("data", d, 1, "batch_size", "sequence_length")
-    _require_at_least("data", d, 0, "prefetch")
-    _require_choice("data", d, "packing", schema.PACKINGS)
-    _require(0.0 < d.eval_fraction < 1.0, "data.eval_fraction", d.eval_fraction, "use (0, 1)")
-    _require(
+    values.require_at_least("data", d, 1, "batch_size", "sequence_length")
+    values.require_at_least("data", d, 0, "prefetch")
+    values.require_choice("data", d, "packing", schema.PACKINGS)
+    values.require(0.0 < d.eval_fraction < 1.0, "data.eval_fraction", d.eval_fraction, "use (0, 1)")
+    values.require(
         d.sequence_length <= config.model.max_length,
         "data.sequence_length",
         d.sequence_length,
         f"the model has {config.model.max_length} positions (model.max_length)",
     )
-    _require_choice("data", d, "too_long", schema.TOO_LONG)
+    values.require_choice("data", d, "too_long", schema.TOO_LONG)
     kind, _, rest = d.source.partition(":")
-    _require(
+    values.require(
         kind in ("tfds", "text", "jsonl") and bool(rest),
         "data.source",
         d.source,
         "use tfds:NAME[/config], text:GLOB or jsonl:GLOB:field",
     )
-    _require(
+    values.require(
         kind != "jsonl" or ":" in rest or config.objective.name not in schema.TEXT_OBJECTIVES,
         "data.source",
         d.source,
         "jsonl needs the field that holds the text: jsonl:GLOB:field",
     )
     fields = d.input_fields.split(",")
-    _require(
+    values.require(
         all(field.strip() for field in fields) and len(fields) <= 2,
         "data.input_fields",
         d.input_fields,
@@ -265,27 +244,29 @@ def _check_data(config: schema.RunConfig) -> None:
 
 def _check_objective_values(config: schema.RunConfig) -> None:
     o, m = config.objective, config.model
-    _require_choice("objective", o, "name", schema.OBJECTIVES)
-    _require_fraction("objective", o, "mask_rate", "noise_density", "min_prefix", "max_prefix")
+    values.require_choice("objective", o, "name", schema.OBJECTIVES)
+    values.require_fraction(
+        "objective", o, "mask_rate", "noise_density", "min_prefix", "max_prefix"
+    )
     for name in ("mask_rate", "noise_density"):
         value = getattr(o, name)
-        _require(0.0 < value < 1.0, f"objective.{name}", value, "use (0, 1)")
-    _require_at_least("objective", o, 1, "mean_span_length", "target_length", "num_sentinels")
-    _require(
+        values.require(0.0 < value < 1.0, f"objective.{name}", value, "use (0, 1)")
+    values.require_at_least("objective", o, 1, "mean_span_length", "target_length", "num_sentinels")
+    values.require(
         o.min_prefix <= o.max_prefix,
         "objective.min_prefix",
         o.min_prefix,
         f"it must not be above max_prefix = {o.max_prefix}",
     )
     # Spans and the stretches before them take turns, and a stretch has at least a token.
-    _require(
+    values.require(
         o.noise_density * (1.0 + 1.0 / o.mean_span_length) <= 1.0,
         "objective.noise_density",
         o.noise_density,
         f"spans of {o.mean_span_length} tokens on average leave no token between them; use longer"
         " spans or less noise",
     )
-    _require(
+    values.require(
         m.architecture != "encoder_decoder" or o.target_length <= m.max_length,
         "objective.target_length",
         o.target_length,
@@ -302,7 +283,9 @@ def check_objective(config: schema.RunConfig) -> None:
       errors.UserError: names the field, its value and what would do.
     """
     name, m, packing = config.objective.name, config.model, config.data.packing
-    _require(m.head != "none", "model.head", m.head, "there is no loss of bare states; use lm")
+    values.require(
+        m.head != "none", "model.head", m.head, "there is no loss of bare states; use lm"
+    )
     is_label = name in schema.LABEL_OBJECTIVES
     suited = [
         one
@@ -310,7 +293,7 @@ def check_objective(config: schema.RunConfig) -> None:
         if m.head == ("lm" if one not in schema.LABEL_OBJECTIVES else one)
     ]
     need = f"; it needs model.head = {name!r}" if is_label and m.head != name else ""
-    _require(
+    values.require(
         name in suited,
         "objective.name",
         name,
@@ -318,7 +301,7 @@ def check_objective(config: schema.RunConfig) -> None:
         f" {', '.join(suited)}{need}",
     )
     packings = ("packed", "concat") if name in schema.TEXT_OBJECTIVES else ("packed", "none")
-    _require(
+    values.require(
         packing in packings,
         "data.packing",
         packing,
@@ -329,20 +312,20 @@ def check_objective(config: schema.RunConfig) -> None:
 
 
 def _check_examples(d: schema.DataConfig, name: str) -> None:
-    _require(
+    values.require(
         not d.source.startswith("text:"),
         "data.source",
         d.source,
         f"examples for objective.name = {name!r} come from tfds:NAME[/config] or jsonl:GLOB",
     )
     num_fields = len(d.input_fields.split(","))
-    _require(
+    values.require(
         name != "token" or num_fields == 1,
         "data.input_fields",
         d.input_fields,
         "objective.name = 'token' takes the one field that has the list of words",
     )
-    _require(
+    values.require(
         name != "span" or num_fields == 2,
         "data.input_fields",
         d.input_fields,
@@ -352,29 +335,31 @@ def _check_examples(d: schema.DataConfig, name: str) -> None:
 
 def _check_optim(config: schema.RunConfig) -> None:
     o, t = config.optim, config.train
-    _require_choice("optim", o, "name", schema.OPTIMIZERS)
-    _require_choice("optim", o, "schedule", schema.SCHEDULES)
-    _require_fraction("optim", o, "final_lr_fraction", "cooldown_fraction", "b1", "b2")
-    _require_fraction("optim", o, "muon_momentum")
-    _require_at_least("optim", o, 0, "learning_rate", "weight_decay", "warmup_steps", "epsilon")
-    _require_at_least("optim", o, 1, "accumulation_steps")
+    values.require_choice("optim", o, "name", schema.OPTIMIZERS)
+    values.require_choice("optim", o, "schedule", schema.SCHEDULES)
+    values.require_fraction("optim", o, "final_lr_fraction", "cooldown_fraction", "b1", "b2")
+    values.require_fraction("optim", o, "muon_momentum")
+    values.require_at_least(
+        "optim", o, 0, "learning_rate", "weight_decay", "warmup_steps", "epsilon"
+    )
+    values.require_at_least("optim", o, 1, "accumulation_steps")
     for name in ("b1", "b2"):
-        _require(getattr(o, name) < 1.0, f"optim.{name}", getattr(o, name), "use [0, 1)")
+        values.require(getattr(o, name) < 1.0, f"optim.{name}", getattr(o, name), "use [0, 1)")
     if o.clip_norm is not None:
-        _require(o.clip_norm > 0, "optim.clip_norm", o.clip_norm, "above 0, or None for none")
-    _require_at_least("train", t, 1, "num_steps", "log_every", "cross_entropy_chunk")
-    _require_at_least("train", t, 0, "eval_every", "eval_steps", "z_loss", "seed")
-    _require_choice("train", t, "on_nonfinite", schema.NONFINITE)
-    _require_choice("train", t, "cross_entropy", schema.CROSS_ENTROPIES)
-    _require_at_least("checkpoint", config.checkpoint, 0, "every")
-    _require_at_least("checkpoint", config.checkpoint, 1, "max_to_keep")
-    _require(
+        values.require(o.clip_norm > 0, "optim.clip_norm", o.clip_norm, "above 0, or None for none")
+    values.require_at_least("train", t, 1, "num_steps", "log_every", "cross_entropy_chunk")
+    values.require_at_least("train", t, 0, "eval_every", "eval_steps", "z_loss", "seed")
+    values.require_choice("train", t, "on_nonfinite", schema.NONFINITE)
+    values.require_choice("train", t, "cross_entropy", schema.CROSS_ENTROPIES)
+    values.require_at_least("checkpoint", config.checkpoint, 0, "every")
+    values.require_at_least("checkpoint", config.checkpoint, 1, "max_to_keep")
+    values.require(
         o.warmup_steps <= t.num_steps,
         "optim.warmup_steps",
         o.warmup_steps,
         f"the run has train.num_steps = {t.num_steps}",
     )
-    _require(
+    values.require(
         config.data.batch_size % o.accumulation_steps == 0,
         "optim.accumulation_steps",
         o.accumulation_steps,
@@ -383,13 +368,15 @@ def _check_optim(config: schema.RunConfig) -> None:
 
 
 def _check_mesh(mesh: schema.MeshConfig) -> None:
-    _require_choice("mesh", mesh, "rules", schema.RULES)
-    _require_choice("mesh", mesh, "kv_heads", schema.KV_HEADS)
-    _require_choice("mesh", mesh, "context", schema.CONTEXTS)
+    values.require_choice("mesh", mesh, "rules", schema.RULES)
+    values.require_choice("mesh", mesh, "kv_heads", schema.KV_HEADS)
+    values.require_choice("mesh", mesh, "context", schema.CONTEXTS)
     for axis in schema.MESH_AXES:
         size = getattr(mesh, axis)
-        _require(size == -1 or size >= 1, f"mesh.{axis}", size, "use a count, or -1 for the rest")
-    _require(
+        values.require(
+            size == -1 or size >= 1, f"mesh.{axis}", size, "use a count, or -1 for the rest"
+        )
+    values.require(
         mesh.shape.count(-1) <= 1,
         "mesh",
         dict(zip(schema.MESH_AXES, mesh.shape)),

@@ -28,9 +28,62 @@ OBJECTIVES_OF = {  # by architecture
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
-RULES = ("fsdp", "fsdp_tp", "fsdp_cp", "multislice", "dp", "tp")
+RULES = ("fsdp", "fsdp_tp", "fsdp_cp", "fsdp_ep", "multislice", "dp", "tp")
 KV_HEADS = ("sharded", "replicated")
 CONTEXTS = ("gather", "ring")
+ROUTERS = (
+    *("softmax", "sigmoid", "switch", "gshard", "relu"),
+    *("expert_choice", "sinkhorn", "base", "soft", "hash", "random"),
+)
+DISPATCHES = ("auto", "dense", "capacity", "sorted")
+BALANCES = ("batch", "sequence")
+EXPERT_STACKS = ("all", "encoder", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Experts in place of the feed-forward part of some layers. They have no biases.
+
+    What a router does, and where it is from, is in `llm_jax/models/moe/`.
+    """
+
+    num_experts: int = 0  # 0: all layers are dense
+    experts_per_token: int = 2  # on average, where the router decides how many
+    expert_dim: int | None = None  # feed-forward width of one; None: model.mlp_dim
+    num_shared_experts: int = 0  # that all tokens have, as one of so many times expert_dim
+    first_dense_layers: int = 0
+    every: int = 1  # of the layers after those, the last of each so many has experts
+    stacks: str = "all"  # of an encoder-decoder: which have experts
+
+    router: str = "softmax"
+    normalise_weights: bool = True  # softmax, sigmoid, sinkhorn: those of a token sum to 1
+    weight_scale: float = 1.0  # multiplies these weights
+    num_groups: int = 1  # softmax, sigmoid: of experts, of which a token takes the best
+    groups_per_token: int = 1
+    jitter: float = 0.0  # switch: training multiplies what the router reads by 1 +- this, at random
+    max_experts_per_token: int | None = None  # relu: None for no bound
+    slots_per_expert: int = 1  # soft: mixtures of tokens that each expert reads
+    sinkhorn_iterations: int = 8
+    is_router_frozen: bool = False  # a control: it stays as it was drawn
+
+    balance_loss: float = 0.01  # weight, in each layer; softmax, sigmoid, switch, gshard, sinkhorn
+    balance_over: str = "batch"  # batch | sequence
+    router_z_loss: float = 0.0  # weight of mean(logsumexp(router's logits)^2), in each layer
+    use_selection_bias: bool = False  # softmax, sigmoid: balance without a loss (DeepSeek-V3)
+    selection_bias_rate: float = 1e-3  # of a step
+    relu_penalty_rate: float = 1.2  # relu: the loss's weight grows or shrinks by this in a step
+
+    dispatch: str = "auto"  # sorted drops nothing; capacity gives each expert places in a row
+    capacity_factor: float = 1.25  # capacity, expert_choice: places over an even share of tokens
+    eval_capacity_factor: float | None = None  # capacity: outside of training; None: the same
+    buffer_factor: float | None = (
+        None  # sorted, mesh.expert > 1: a device's room for others' slots,
+    )
+    # over those it has itself; None: for all there may be, so that none is dropped
+
+    @property
+    def is_on(self) -> bool:
+        return self.num_experts > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +169,7 @@ class ModelConfig:
     attention_chunk: int = 512  # queries scored at a time by the chunked implementation
     scan_layers: bool | None = None  # None: scanned on accelerators, unrolled on a CPU
     remat: str = "none"  # offload: what layers begin with and attention gives waits in host memory
+    moe: MoeConfig = MoeConfig()
 
     @property
     def decoder_layers(self) -> int:
@@ -149,6 +203,22 @@ class ModelConfig:
     @property
     def mlp_width(self) -> int:
         return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def expert_width(self) -> int:
+        return self.mlp_width if self.moe.expert_dim is None else self.moe.expert_dim
+
+    def has_experts(self, stack: str) -> bool:
+        """Returns whether layers of a stack, `encoder` or `decoder`, have experts."""
+        is_meant = self.architecture != "encoder_decoder" or self.moe.stacks in ("all", stack)
+        return self.moe.is_on and is_meant
+
+    def expert_layers(self, num_layers: int) -> tuple[bool, ...]:
+        """Returns for each layer of a stack with experts whether it has them."""
+        first, every = self.moe.first_dense_layers, self.moe.every
+        return tuple(
+            index >= first and (index - first) % every == every - 1 for index in range(num_layers)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

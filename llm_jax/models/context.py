@@ -34,6 +34,8 @@ class Context:
       cross_mask: who of the decoder attends to whom of the encoder.
       encoder_lengths_B: tokens of each row of a cache of the encoder's keys; rows of the decoder may
         be several times as many, which take turns (beams of a row).
+      tokens_BT: int32 ids, which experts may go by; None where no layer has experts.
+      is_token_BT: whether there is a token, or padding, which experts do without; None: all are.
       window: slots that a query of a decoder sees; None: all before it.
     """
 
@@ -46,6 +48,8 @@ class Context:
     encoder_BSD: jax.Array | None = None
     cross_mask: masks.Mask | pallas.Prepared | None = None
     encoder_lengths_B: jax.Array | None = None
+    tokens_BT: jax.Array | None = None
+    is_token_BT: jax.Array | None = None
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 

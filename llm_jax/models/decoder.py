@@ -9,6 +9,7 @@ from llm_jax.kernels.flash_attention import masks
 from llm_jax.models import heads
 from llm_jax.models import layers
 from llm_jax.models import trunk
+from llm_jax.models.moe import balance
 
 
 class Decoder(trunk.Trunk, heads.Reader):
@@ -32,7 +33,7 @@ class Decoder(trunk.Trunk, heads.Reader):
         prefix_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits of the vocabulary, float32 [B, T, V], for whole sequences; arguments as `hidden`."""
-        x_BTD = self.hidden(tokens_BT, positions_BT, segments_BT, key, prefix_BT=prefix_BT)
+        x_BTD, _ = self.hidden(tokens_BT, positions_BT, segments_BT, key, prefix_BT=prefix_BT)
         return self.vocabulary_logits(x_BTD)
 
     def hidden(
@@ -43,8 +44,11 @@ class Decoder(trunk.Trunk, heads.Reader):
         key: jax.Array | None = None,
         *,
         prefix_BT: jax.Array | None = None,
-    ) -> jax.Array:
+        numbers_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, balance.Routed]]:
         """Returns what the output head reads, [B, T, D] in the compute dtype, for whole sequences.
+
+        Beside it, what routers did, if layers have experts: by stack, of which the only one is "".
 
         Under rules with `context` ring, all of these and the result are in the order of `ring.zigzag`.
 
@@ -52,15 +56,19 @@ class Decoder(trunk.Trunk, heads.Reader):
           tokens_BT: int32 ids.
           positions_BT: int32, from 0 in each document.
           segments_BT: int32 document numbers of packed sequences; None: one document a row.
-          key: turns dropout on.
+          key: of a training step: turns dropout on.
           prefix_BT: Booleans, the tokens at the start of each document that see each other both ways
             (prefix LM; Raffel et al. 2020, section 3.2.1); None: there are none.
+          numbers_BT: int32, 0 for padding, which no expert gets; None: as `segments_BT`.
         """
         within = trunk.segments_mask(segments_BT, self.rules)
         beside = None if prefix_BT is None else self._prefix_mask(prefix_BT, segments_BT)
         contexts = self.contexts(positions_BT, within, beside=beside)
-        x_BTD = self.run(self.embed(tokens_BT, positions_BT), contexts, key)
-        return self.before_head(x_BTD)
+        if self.config.moe.is_on:
+            numbers_BT = segments_BT if numbers_BT is None else numbers_BT
+            contexts = trunk.with_tokens(contexts, tokens_BT, numbers_BT)
+        x_BTD, routed = self.run(self.embed(tokens_BT, positions_BT), contexts, key)
+        return self.before_head(x_BTD), trunk.by_stack({"": routed})
 
     def _prefix_mask(self, prefix_BT: jax.Array, segments_BT: jax.Array | None) -> masks.Mask:
         """Returns the pairs within a document's prefix: both have its number, no others have equal ones."""

@@ -7,6 +7,7 @@ from llm_jax import sharding
 from llm_jax.models import heads
 from llm_jax.models import layers
 from llm_jax.models import trunk
+from llm_jax.models.moe import balance
 
 
 class Encoder(trunk.Trunk, heads.Reader):
@@ -37,7 +38,7 @@ class Encoder(trunk.Trunk, heads.Reader):
         token_types_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits of the vocabulary, float32 [B, T, V]; arguments as `hidden`."""
-        x_BTD = self.hidden(
+        x_BTD, _ = self.hidden(
             tokens_BT, positions_BT, segments_BT, key, token_types_BT=token_types_BT
         )
         return self.vocabulary_logits(x_BTD)
@@ -50,8 +51,10 @@ class Encoder(trunk.Trunk, heads.Reader):
         key: jax.Array | None = None,
         *,
         token_types_BT: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, dict[str, balance.Routed]]:
         """Returns what the output head reads, [B, T, D] in the compute dtype.
+
+        Beside it, what routers did, if layers have experts: by stack, of which the only one is "".
 
         Args:
           tokens_BT: int32 ids.
@@ -63,7 +66,10 @@ class Encoder(trunk.Trunk, heads.Reader):
         """
         x_BTD = self.embed(tokens_BT, positions_BT, token_types_BT)
         contexts = self.contexts(positions_BT, trunk.segments_mask(segments_BT, self.rules))
-        return self.before_head(self.run(x_BTD, contexts, key))
+        if self.config.moe.is_on:
+            contexts = trunk.with_tokens(contexts, tokens_BT, segments_BT)
+        x_BTD, routed = self.run(x_BTD, contexts, key)
+        return self.before_head(x_BTD), trunk.by_stack({"": routed})
 
     def embed(
         self,

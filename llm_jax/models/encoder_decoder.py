@@ -11,6 +11,7 @@ from llm_jax.models import context as context_lib
 from llm_jax.models import heads
 from llm_jax.models import layers
 from llm_jax.models import trunk
+from llm_jax.models.moe import balance
 
 
 class EncoderDecoder(heads.Reader):
@@ -45,7 +46,7 @@ class EncoderDecoder(heads.Reader):
         **encoder_inputs: jax.Array | None,
     ) -> jax.Array:
         """Returns logits of the vocabulary, float32 [B, T, V]; arguments as `hidden`."""
-        x_BTD = self.hidden(tokens_BT, positions_BT, segments_BT, key, **encoder_inputs)
+        x_BTD, _ = self.hidden(tokens_BT, positions_BT, segments_BT, key, **encoder_inputs)
         return self.vocabulary_logits(x_BTD)
 
     def hidden(
@@ -58,8 +59,10 @@ class EncoderDecoder(heads.Reader):
         encoder_tokens_BS: jax.Array,
         encoder_positions_BS: jax.Array,
         encoder_segments_BS: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, dict[str, balance.Routed]]:
         """Returns what the output head reads, [B, T, D] in the compute dtype.
+
+        Beside it, what routers did, if layers have experts: of `encoder` and `decoder`.
 
         Args:
           tokens_BT: int32 ids that the decoder reads: each text begins with `config.decoder_start_id`.
@@ -72,14 +75,16 @@ class EncoderDecoder(heads.Reader):
             encoder's of the same. None: one a row, without padding.
         """
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-        encoded_BSD = self.encode(
+        encoded_BSD, routed = self.encode(
             encoder_tokens_BS, encoder_positions_BS, encoder_segments_BS, encoder_key
         )
         contexts = self.decoder.contexts(positions_BT, trunk.segments_mask(segments_BT, self.rules))
         mask = self.cross_mask(encoder_segments_BS, tokens_BT, segments_BT)
         contexts = self.with_encoder(contexts, encoded_BSD, mask, positions_BT)
-        x_BTD = self.decoder.run(self.embed(tokens_BT, positions_BT), contexts, decoder_key)
-        return self.before_head(x_BTD)
+        if self.config.has_experts("decoder"):
+            contexts = trunk.with_tokens(contexts, tokens_BT, segments_BT)
+        x_BTD, own = self.decoder.run(self.embed(tokens_BT, positions_BT), contexts, decoder_key)
+        return self.before_head(x_BTD), routed | trunk.by_stack({"decoder": own})
 
     def encode(
         self,
@@ -87,11 +92,18 @@ class EncoderDecoder(heads.Reader):
         positions_BS: jax.Array,
         segments_BS: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the encoder's final states, [B, S, D] in the compute dtype; arguments as `hidden`."""
+    ) -> tuple[jax.Array, dict[str, balance.Routed]]:
+        """Returns the encoder's final states, [B, S, D] in the compute dtype, and what its routers did.
+
+        Arguments as of `hidden`.
+        """
         x_BSD = self.encoder.enter(self.embedding(tokens_BS, self.config.dtype), positions_BS)
         within = trunk.segments_mask(segments_BS, self.rules)
-        return self.encoder.run(x_BSD, self.encoder.contexts(positions_BS, within), key)
+        contexts = self.encoder.contexts(positions_BS, within)
+        if self.config.has_experts("encoder"):
+            contexts = trunk.with_tokens(contexts, tokens_BS, segments_BS)
+        x_BSD, routed = self.encoder.run(x_BSD, contexts, key)
+        return x_BSD, trunk.by_stack({"encoder": routed})
 
     def cross_mask(
         self,

@@ -1,6 +1,7 @@
 """A block, and the stack of them: `jax.vmap` to initialise, `jax.lax.scan` to run, remat between."""
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 from flax import nnx
@@ -17,6 +18,8 @@ from llm_jax.models import context as context_lib
 from llm_jax.models import latent_attention
 from llm_jax.models import layers
 from llm_jax.models import mlp
+from llm_jax.models.moe import balance
+from llm_jax.models.moe import layer as moe_layer
 
 Cache = list[decode_op.Cache]  # of each layer
 
@@ -45,7 +48,8 @@ class Block(nnx.Module):
 
     Each is a residual branch. `pre` normalises what enters it (Xiong et al. 2020), `post` what leaves
     the sum, as in the original Transformer (Vaswani et al. 2017, section 3.1), `output` what the branch
-    gives (OLMo 2; 2025, section 3.2), `sandwich` what enters it and what it gives (Gemma 2; 2024).
+    gives (OLMo 2; 2025, section 3.2), `sandwich` what enters it and what it gives (Gemma 2; 2024). The
+    feed-forward part may be one of experts.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Block(nnx.Module):
         config: config_lib.ModelConfig,
         rules: sharding.AxisRules,
         has_cross: bool = False,
+        has_experts: bool = False,
     ):
         attention_key, mlp_key, cross_key = jax.random.split(key, 3)
         self.placement, self.dropout = config.norm_placement, config.dropout
@@ -74,7 +79,7 @@ class Block(nnx.Module):
         )
         self.cross_output_norm = norm(has_cross and has_output_norm)
         self.mlp_norm = norm(has_norm)
-        self.mlp = mlp.Mlp(mlp_key, config, rules)
+        self.mlp = (moe_layer.Moe if has_experts else mlp.Mlp)(mlp_key, config, rules)
         self.mlp_output_norm = norm(has_output_norm)
 
     def __call__(
@@ -85,13 +90,13 @@ class Block(nnx.Module):
         cache: decode_op.Cache | None = None,
         is_normalised: jax.Array | bool | None = None,
         encoder_cache: decode_op.Cache | None = None,
-    ) -> tuple[jax.Array, decode_op.Cache | None]:
-        """Returns [B, T, D] and the layer's cache.
+    ) -> tuple[jax.Array, decode_op.Cache | None, balance.Routed | None]:
+        """Returns [B, T, D], the layer's cache, and what its router did if it has one.
 
         Args:
           x_BTD: of the layer before.
           context: of this kind of layer.
-          key: turns dropout on.
+          key: of a training step: turns dropout on, and what routers do in training.
           cache: keys and values of the tokens before.
           is_normalised: whether `x_BTD` enters attention as it is; None: it does not.
           encoder_cache: keys and values of an encoder's tokens; None: of `context.encoder_BSD`.
@@ -115,8 +120,17 @@ class Block(nnx.Module):
 
             norms = (self.cross_norm, self.cross_output_norm)
             x_BTD = self._add(x_BTD, attend_to_encoder, *norms, after[1], context)
+        routed = None
+
+        def feed_forward(h_BTD):
+            nonlocal routed
+            if isinstance(self.mlp, mlp.Mlp):
+                return self.mlp(h_BTD)
+            h_BTD, routed = self.mlp(h_BTD, context, inside[2])
+            return h_BTD
+
         norms = (self.mlp_norm, self.mlp_output_norm)
-        return self._add(x_BTD, self.mlp, *norms, after[2], context), cache
+        return self._add(x_BTD, feed_forward, *norms, after[2], context), cache, routed
 
     def _add(
         self,
@@ -142,7 +156,7 @@ class Block(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Blocks whose parameters are stacked along a leading dimension."""
+    """Blocks whose parameters are stacked along a leading dimension: those with experts, and the others."""
 
     def __init__(
         self,
@@ -151,53 +165,103 @@ class Stack(nnx.Module):
         rules: sharding.AxisRules,
         num_layers: int,
         has_cross: bool = False,
+        *,
+        name: str,
     ):
         self.num_layers = num_layers
         self.is_scanned = config.scan_layers
         self.remat = config.remat
         self.is_entry_normalised = config.is_entry_normalised
+        self.num_first, self.every = 0, 1
+        self.has_experts = (False,) * num_layers
+        if config.has_experts(name):
+            self.num_first, self.every = config.moe.first_dense_layers, config.moe.every
+            self.has_experts = config.expert_layers(num_layers)
         keys_L = jax.random.split(key, num_layers)
-        self.layers = jax.vmap(lambda key: Block(key, config, rules, has_cross))(keys_L)
+
+        def blocks(has_experts: bool) -> Block | None:
+            places = [i for i, own in enumerate(self.has_experts) if own == has_experts]
+            if not places:
+                return None
+            keys = keys_L if len(places) == num_layers else keys_L[jnp.asarray(places)]
+            return jax.vmap(lambda key: Block(key, config, rules, has_cross, has_experts))(keys)
+
+        self.layers = blocks(False)
+        self.expert_layers = blocks(True)
 
     def __call__(
         self,
         x_BTD: jax.Array,
         contexts: tuple[context_lib.Context, ...],
         key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the output of the last block, [B, T, D].
+    ) -> tuple[jax.Array, balance.Routed | None]:
+        """Returns the output of the last block, [B, T, D], and what routers did, stacked by layer.
 
         Args:
           x_BTD: what enters the first.
           contexts: of the layers, repeated over all of them.
-          key: turns dropout on.
+          key: of a training step: turns dropout on.
         """
         keys_L = None if key is None else jax.random.split(key, self.num_layers)
         is_first_L = jnp.arange(self.num_layers) == 0 if self.is_entry_normalised else None
-        stacked = (self.layers, keys_L, is_first_L)
+        own = keys_L, is_first_L
         bodies = [self._body(context) for context in contexts]
-        period = len(bodies)
-        num_groups = self.num_layers // period if self.is_scanned else 0
+        # A pattern is unrolled inside the loop; what comes before it and what is left of one, outside.
+        period = math.lcm(len(bodies), self.every)
+        num_groups = (self.num_layers - self.num_first) // period if self.is_scanned else 0
+        first, last = self.num_first, self.num_first + num_groups * period
+        if not num_groups:
+            first = last = 0
+        found = []
 
-        def group(x_BTD, layers_of_group):
-            for index, body in enumerate(bodies):
-                x_BTD = body(x_BTD, _layer(layers_of_group, index))
-            return x_BTD, None
+        def run(x_BTD, index, layer):
+            x_BTD, routed = bodies[index % len(bodies)](x_BTD, layer)
+            return x_BTD, jax.tree.map(lambda x: x[None], routed)
 
+        def group(x_BTD, of_group):
+            blocks, own = of_group
+            found, pattern = [], self.has_experts[first : first + period]
+            for place, has_experts in enumerate(pattern):
+                block = _layer(blocks[has_experts], pattern[:place].count(has_experts))
+                x_BTD, routed = run(x_BTD, first + place, (block, *_layer(own, place)))
+                found.append(routed)
+            return x_BTD, _joined(found)
+
+        for index in range(first):
+            x_BTD, routed = run(x_BTD, index, (self._block(index), *_layer(own, index)))
+            found.append(routed)
         if num_groups and period == 1:
-            x_BTD, _ = jax.lax.scan(lambda x, layer: (bodies[0](x, layer), None), x_BTD, stacked)
+            layers = self._between(first, last)[self.has_experts[first]]
+            stacked = (layers, *_slice(own, first, last))
+            x_BTD, routed = jax.lax.scan(bodies[first % len(bodies)], x_BTD, stacked)
+            found.append(routed)
         elif num_groups:
-            # A pattern is unrolled inside the loop; what is left of one follows it.
-            groups = jax.tree.map(
-                lambda x: x[: num_groups * period].reshape(num_groups, period, *x.shape[1:]),
-                stacked,
-            )
-            x_BTD, _ = jax.lax.scan(group, x_BTD, groups)
-        for index in range(num_groups * period, self.num_layers):
-            x_BTD = bodies[index % period](x_BTD, _layer(stacked, index))
-        return x_BTD
+            stacked = (self._between(first, last), _slice(own, first, last))
+            groups = jax.tree.map(lambda x: x.reshape(num_groups, -1, *x.shape[1:]), stacked)
+            x_BTD, routed = jax.lax.scan(group, x_BTD, groups)
+            found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), routed))
+        for index in range(last, self.num_layers):
+            x_BTD, routed = run(x_BTD, index, (self._block(index), *_layer(own, index)))
+            found.append(routed)
+        return x_BTD, _joined(found)
 
-    def _body(self, context: context_lib.Context) -> Callable[[jax.Array, Any], jax.Array]:
+    def _of_kind(self, has_experts: bool) -> Block | None:
+        return self.expert_layers if has_experts else self.layers
+
+    def _block(self, index: int, take: Callable[[Any, int], Any] | None = None) -> Block:
+        """Returns the block of a layer."""
+        has_experts = self.has_experts[index]
+        nth = self.has_experts[:index].count(has_experts)
+        return (take or _layer)(self._of_kind(has_experts), nth)
+
+    def _between(self, first: int, last: int) -> tuple[Block | None, Block | None]:
+        """Returns the blocks of some layers, stacked: those without experts, and those with."""
+        counts = [[self.has_experts[:end].count(kind) for end in (first, last)] for kind in (0, 1)]
+        return tuple(_slice(self._of_kind(kind), *counts[kind]) for kind in (False, True))
+
+    def _body(
+        self, context: context_lib.Context
+    ) -> Callable[[jax.Array, Any], tuple[jax.Array, balance.Routed | None]]:
         """Returns what runs a layer of one kind, given it, its key and whether it is the first."""
 
         def body(x_BTD, layer_key_and_place):
@@ -205,8 +269,8 @@ class Stack(nnx.Module):
             # Left to itself, XLA may lay the states out with tokens innermost, and copy them in each layer.
             x_BTD = layout.with_layout_constraint(x_BTD, layout.Layout((0, 1, 2)))
             x_BTD = ad_checkpoint.checkpoint_name(x_BTD, "block_input")
-            x_BTD, _ = layer(x_BTD, context, layer_key, is_normalised=is_first)
-            return x_BTD
+            x_BTD, _, routed = layer(x_BTD, context, layer_key, is_normalised=is_first)
+            return x_BTD, routed
 
         if self.remat == "none":
             return body
@@ -219,7 +283,7 @@ class Stack(nnx.Module):
         Generation reads every weight for every token: taking a layer out of the stack inside the
         loop would copy it each time, so it is done once, before.
         """
-        return [_taken(self.layers, index) for index in range(self.num_layers)]
+        return [self._block(index, _taken) for index in range(self.num_layers)]
 
 
 @jax.jit
@@ -232,6 +296,18 @@ def _taken(stacked: Any, index: int) -> Any:
 
 def _layer(stacked: Any, index: int) -> Any:
     return jax.tree.map(lambda array: array[index], stacked)
+
+
+def _slice(stacked: Any, first: int, last: int) -> Any:
+    return jax.tree.map(lambda array: array[first:last], stacked)
+
+
+def _joined(found: list[balance.Routed | None]) -> balance.Routed | None:
+    """Returns what routers of several layers did as one, stacked; None where there are none."""
+    found = [routed for routed in found if routed is not None]
+    if not found:
+        return None
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
 
 def run_cached(
@@ -253,7 +329,7 @@ def run_cached(
     new_cache = []
     of_encoder = [None] * len(blocks) if encoder_cache is None else encoder_cache
     for index, (block, own, other) in enumerate(zip(blocks, cache, of_encoder, strict=True)):
-        x_BTD, own = block(
+        x_BTD, own, _ = block(
             x_BTD,
             contexts[index % len(contexts)],
             cache=own,

@@ -15,6 +15,7 @@ from llm_jax.models import context as context_lib
 from llm_jax.models import layers
 from llm_jax.models import positions
 from llm_jax.models import stack
+from llm_jax.models.moe import balance
 
 
 class RelativeBias(nnx.Module):
@@ -74,7 +75,8 @@ class Trunk(nnx.Module):
             else None
         )
         self.embedding_norm = layers.Norm(config, rules) if config.use_embedding_norm else None
-        self.stack = stack.Stack(stack_key, config, rules, num_layers, has_cross)
+        name = "decoder" if is_causal else "encoder"
+        self.stack = stack.Stack(stack_key, config, rules, num_layers, has_cross, name=name)
         # The last block of a post-norm model ends with a norm of its own.
         has_final_norm = config.norm_placement != "post"
         self.final_norm = layers.Norm(config, rules) if has_final_norm else None
@@ -109,19 +111,41 @@ class Trunk(nnx.Module):
         x_BTD: jax.Array,
         contexts: tuple[context_lib.Context, ...],
         key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns the final states, [B, T, D], of what `enter` gave; `key` turns dropout on."""
+    ) -> tuple[jax.Array, balance.Routed | None]:
+        """Returns the final states, [B, T, D], of what `enter` gave, and what routers did in its layers.
+
+        `key` is that of a training step.
+        """
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         places_T = jax.sharding.reshard(jnp.arange(x_BTD.shape[1]), self.rules.act("T"))
         if self.rules.context == "ring":
             places_T = ring.zigzag(places_T, axis=0)
         contexts = tuple(dataclasses.replace(c, places_T=places_T) for c in contexts)
         x_BTD = layers.dropout(x_BTD, self.config.dropout, embed_key, places_T)
-        return self.normalise(self.stack(x_BTD, contexts, stack_key))
+        x_BTD, routed = self.stack(x_BTD, contexts, stack_key)
+        return self.normalise(x_BTD), routed
 
     def normalise(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the final states of the last block's output."""
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+
+
+def by_stack(routed: dict[str, balance.Routed | None]) -> dict[str, balance.Routed]:
+    """Returns what routers did of the stacks that have some."""
+    return {name: own for name, own in routed.items() if own is not None}
+
+
+def with_tokens(
+    contexts: tuple[context_lib.Context, ...],
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None,
+) -> tuple[context_lib.Context, ...]:
+    """Returns the contexts with what routers of experts look at: ids, and which of them are no padding."""
+    is_token_BT = None if segments_BT is None else segments_BT > 0
+    return tuple(
+        dataclasses.replace(context, tokens_BT=tokens_BT, is_token_BT=is_token_BT)
+        for context in contexts
+    )
 
 
 def segments_mask(

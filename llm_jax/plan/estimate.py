@@ -153,7 +153,8 @@ class _Sizes:
         self._config, self._model = config, config.model
         self._tensor = mesh.shape["tensor"]
         self._is_between_slices = mesh.shape["replica"] > 1
-        ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["seq"]
+        self._expert = mesh.shape["expert"]
+        ways = mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["seq"] * self._expert
         self.tokens = config.tokens_per_step // config.optim.accumulation_steps // ways
 
     @property
@@ -175,15 +176,16 @@ class _Sizes:
         m, tensor = self._model, self._tensor
         attended = m.num_heads * m.value_width // tensor
         keys = m.kv_heads * (m.key_width + m.value_width) // tensor
+        inner = self._inner_width()
         products = (
             m.num_heads * m.key_width // tensor
             + keys
             + self._latents
-            + (2 if m.is_gated else 1) * m.mlp_width // tensor
+            + (2 if m.is_gated else 1) * inner
         )
         # A ReLU's gradient needs what it gave, alone; dropout keeps a mask and what it took.
         is_simple = m.activation == "relu" and not m.dropout
-        activations = (2 if is_simple else 4) * m.mlp_width // tensor
+        activations = (2 if is_simple else 4) * inner
         widths = {
             "full": m.embed_dim,
             "attention_output": m.embed_dim + attended,
@@ -202,13 +204,26 @@ class _Sizes:
             return 0
         return m.kv_latent_dim + m.rope_head_width + (m.q_latent_dim or 0)
 
+    def _inner_width(self) -> int:
+        """Elements of a token between the products of a feed-forward part, and its copies for experts."""
+        m, moe = self._model, self._model.moe
+        if not moe.is_on:
+            return m.mlp_width // self._tensor
+        slots = moe.experts_per_token * (moe.capacity_factor if moe.dispatch == "capacity" else 1)
+        if self._expert > 1 and moe.dispatch != "capacity":
+            # A device's room for slots of all of them.
+            slots *= min(moe.buffer_factor or self._expert, self._expert)
+        width = (slots + moe.num_shared_experts) * m.expert_width // self._tensor
+        return int(width + 2 * slots * m.embed_dim)
+
     def layer_bytes(self) -> int:
         """Bytes of a layer's weights, gathered, and of its activations where they are recomputed."""
         m = self._model
-        weights = 2 * _COMPUTE_BYTES * flops.layer_params(m) // self._tensor
+        own = m.moe.num_experts / self._expert if m.moe.is_on else None
+        weights = int(2 * _COMPUTE_BYTES * flops.layer_params(m, experts=own) // self._tensor)
         if m.remat == "none":
             return weights
-        width = 8 * m.embed_dim + 4 * m.mlp_width // self._tensor
+        width = 8 * m.embed_dim + 4 * self._inner_width()
         return weights + _COMPUTE_BYTES * self.tokens * width
 
     def loss_bytes(self) -> int:
@@ -237,11 +252,12 @@ def _seconds(config, mesh, chip, num_parameters: int) -> float:
     computing = work / math.prod(mesh.axis_sizes) / (chip.peak_bf16_flops * _PRODUCT_EFFICIENCY)
     bandwidth = 4 * chip.ici_bandwidth * _LINK_EFFICIENCY
     gathered = 0.0
-    if mesh.shape["data"] > 1 and config.mesh.rules not in ("dp", "tp"):
+    fsdp_ways = mesh.shape["data"] * mesh.shape["expert"]
+    if fsdp_ways > 1 and config.mesh.rules not in ("dp", "tp"):
         weights = _COMPUTE_BYTES * num_parameters / mesh.shape["tensor"]
         gathered = _WEIGHT_TRIPS * weights * config.optim.accumulation_steps / bandwidth
     summed = 0.0
-    own_tokens = tokens / (mesh.shape["replica"] * mesh.shape["data"] * mesh.shape["seq"])
+    own_tokens = tokens / (mesh.shape["replica"] * fsdp_ways * mesh.shape["seq"])
     if mesh.shape["tensor"] > 1:
         summed = 2 * _TENSOR_SUMS * model.num_layers * own_tokens * model.embed_dim
         summed *= _COMPUTE_BYTES / (bandwidth / 2)
@@ -251,7 +267,12 @@ def _seconds(config, mesh, chip, num_parameters: int) -> float:
         summed += 4 * keys * model.num_layers * _COMPUTE_BYTES / (bandwidth / 2)
     between = 0.0
     if mesh.shape["replica"] > 1:
-        own = 4 * num_parameters / mesh.shape["data"] / mesh.shape["tensor"]
+        own = 4 * num_parameters / fsdp_ways / mesh.shape["tensor"]
         between = 2 * own / chip.dcn_bandwidth
+    if mesh.shape["expert"] > 1 and model.moe.is_on:
+        # Slots there and back, in both passes and once more in what is recomputed.
+        num_expert_layers = sum(model.expert_layers(model.num_layers))
+        slots = model.moe.experts_per_token * own_tokens * num_expert_layers
+        summed += 4 * _COMPUTE_BYTES * slots * model.embed_dim / (bandwidth / 2)
     # Weights travel while others are multiplied, though never quite; sums of activations are waited for.
     return max(computing, gathered) + 0.1 * min(computing, gathered) + summed + between

@@ -76,8 +76,14 @@ def prompt_mask(starts_B: jax.Array, length: int) -> masks.Mask:
     Prompts of unequal length end at the same slot: row b's text fills slots from `starts_B[b]` on,
     and what lies before is padding, which nothing attends to.
     """
-    segments_BS = (jnp.arange(length)[None, :] >= starts_B[:, None]).astype(jnp.int32)
+    segments_BS = text_numbers(starts_B, length, 0)
     return masks.Segments(segments_BS, segments_BS)
+
+
+def text_numbers(starts_B: jax.Array, num_tokens: int, slot: jax.Array | int) -> jax.Array:
+    """Returns 1 for tokens of a row's text at slots from `slot` on, 0 for padding, int32 [B, T]."""
+    slots_T = slot + jnp.arange(num_tokens)
+    return (slots_T[None, :] >= starts_B[:, None]).astype(jnp.int32)
 
 
 def positions(starts_B: jax.Array, num_tokens: int, slot: jax.Array | int) -> jax.Array:

@@ -93,7 +93,7 @@ def encode(model: CachedModel, tokens_BS: jax.Array, lengths_B: jax.Array) -> ca
     batch_size, length = tokens_BS.shape
     places_BS = jnp.broadcast_to(jnp.arange(length), tokens_BS.shape)
     is_text_BS = places_BS < lengths_B[:, None]
-    states_BSD = model.model.encode(
+    states_BSD, _ = model.model.encode(
         tokens_BS, jnp.where(is_text_BS, places_BS, 0), is_text_BS.astype(jnp.int32)
     )
     caches = cache_lib.make_cache(model.config, model.rules, batch_size, length, is_of_encoder=True)
@@ -146,6 +146,9 @@ def next_logits(
     is_prefill = isinstance(slot, int)
     within = cache_lib.prompt_mask(starts_B, num_tokens) if is_prefill else None
     contexts = model.trunk.contexts(positions_BT, within, slot=slot, starts_B=starts_B)
+    if model.config.has_experts("decoder"):
+        numbers_BT = cache_lib.text_numbers(starts_B, num_tokens, slot)
+        contexts = trunk.with_tokens(contexts, tokens_BT, numbers_BT)
     if encoded is not None:
         contexts = tuple(
             dataclasses.replace(context, encoder_lengths_B=encoded.lengths_B)

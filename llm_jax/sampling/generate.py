@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import errors
+from llm_jax import sharding
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.sampling import beams as beams_lib
 from llm_jax.sampling import cache as cache_lib
@@ -413,7 +414,7 @@ def _inputs(
     A decoder's prompts are padded on the left, an encoder's on the right. Rows that fill the mesh up
     repeat the last.
     """
-    ways = loaded.mesh.shape["replica"] * loaded.mesh.shape["data"]
+    ways = sharding.axis_size(loaded.mesh, loaded.model.rules.act("B")[0])
     batch_size = -(-len(rows) // ways) * ways
     ids = [row.ids for row in rows] + [rows[-1].ids] * (batch_size - len(rows))
     lengths_B = np.asarray([len(own) for own in ids], np.int32)

@@ -89,7 +89,7 @@ def _inputs(one: Imported, side: str) -> tuple[tuple[jax.Array, ...], dict[str, 
 
 
 def _forward(model: build.Model, args: tuple, inputs: dict[str, jax.Array]) -> jax.Array:
-    x_BTD = model.hidden(*args, **inputs)
+    x_BTD, _ = model.hidden(*args, **inputs)
     if model.config.head == "lm":
         return model.vocabulary_logits(x_BTD)
     return model.label_logits(x_BTD, args[2])

@@ -53,7 +53,7 @@ def test_sentence_embeddings_are_those_that_are_published(folder):
     positions_BT = jnp.broadcast_to(jnp.arange(16), tokens_BT.shape)
 
     def embed(model, *inputs):
-        x_BTD = model.hidden(*inputs)
+        x_BTD, _ = model.hidden(*inputs)
         is_text_BT1 = (inputs[2] > 0)[..., None]
         mean_BD = jnp.sum(x_BTD * is_text_BT1, 1) / jnp.sum(is_text_BT1, 1)
         return mean_BD / jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)

@@ -31,6 +31,8 @@ MODELS = {
     "t5": helpers.T5 | {"dropout": 0.2},
     "gemma3": helpers.GEMMA3,
     "latents": helpers.LATENTS | {"attention": "chunked", "attention_chunk": 8},
+    "experts": helpers.EXPERTS,
+    "switch": helpers.SWITCH,
 }
 
 # Sizes along replica, data, seq, expert, tensor; rules; other choices.
@@ -44,6 +46,9 @@ MESHES = {
     "tp": ((1, 2, 1, 1, 2), "tp"),
     "fsdp_cp": ((1, 2, 2, 1, 1), "fsdp_cp"),
     "fsdp_cp_ring": ((1, 2, 4, 1, 1), "fsdp_cp", ("context", "ring")),
+    "fsdp_ep": ((1, 1, 1, 4, 1), "fsdp_ep"),
+    "fsdp_ep_tp": ((1, 2, 1, 2, 2), "fsdp_ep"),
+    "fsdp_ep_seq": ((2, 1, 2, 2, 1), "fsdp_ep"),
     "multislice": ((2, 2, 1, 1, 2), "multislice"),
     "multislice_ring": ((2, 1, 2, 1, 2), "multislice", ("context", "ring")),
     "replicated_heads": ((1, 2, 1, 1, 2), "fsdp_tp", ("kv_heads", "replicated")),
@@ -67,6 +72,8 @@ _MESHES_OF = {
     "token_labels": ("fsdp_tp_seq",),
     "span": ("fsdp_tp_seq",),
     "prefix": ("fsdp_tp_seq", "multislice_ring"),
+    "experts": ("fsdp_tp_seq", "fsdp_cp_ring", "fsdp_ep", "fsdp_ep_tp", "fsdp_ep_seq"),
+    "switch": ("fsdp_tp_seq", "fsdp_ep_tp", "fsdp_ep_seq"),
     "gemma3": ("fsdp_seq", "fsdp_tp_seq", "multislice_ring"),
     "latents": ("fsdp_tp", "fsdp_tp_seq", "fsdp_cp_ring", "multislice", "tp"),
 }
@@ -98,9 +105,9 @@ def _gradients(model, shape, rules, *choices, accumulation=1):
     batch = helpers.place(helpers.random_batch(config), mesh, axis_rules)
     with jax.set_mesh(mesh):
         run = jax.jit(functools.partial(train_step.gradients, config))
-        grads, sums = run(parameters, batch, jax.random.key(0))
+        grads, sums, routed = run(parameters, batch, jax.random.key(0))
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves(grads)]
-    return jax.tree.leaves(jax.device_get(grads)), jax.device_get(sums), specs
+    return jax.tree.leaves(jax.device_get(grads)), jax.device_get((sums, routed)), specs
 
 
 @pytest.mark.parametrize("model, mesh", _CASES)

@@ -33,7 +33,7 @@ def attention(
     """
     model, length = config.model, config.data.sequence_length
     rows = config.data.batch_size // config.optim.accumulation_steps
-    rows = max(1, rows // axes["replica"] // axes["data"])
+    rows = max(1, rows // axes["replica"] // axes["data"] // axes["expert"])
     heads, key_heads = _own_heads(model, axes["tensor"])
     shape = shapes.Attention(
         rows,
