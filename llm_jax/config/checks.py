@@ -19,6 +19,7 @@ def check(config: schema.RunConfig) -> None:
     _check_objective_values(config)
     _check_optim(config)
     _check_mesh(config.mesh)
+    checks_moe.check_run(config)
     is_ring = config.mesh.context == "ring"
     if is_ring and (config.model.architecture == "encoder_decoder" or config.model.head != "lm"):
         raise errors.UserError(

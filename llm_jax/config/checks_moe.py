@@ -38,6 +38,26 @@ def check(m: schema.ModelConfig) -> None:
         _check_router(m)
 
 
+def check_run(config: schema.RunConfig) -> None:
+    """Checks experts against data and mesh. Raises as `check`."""
+    e, packing = config.model.moe, config.data.packing
+    if not e.is_on:
+        return
+    values.require(
+        e.router != "soft" or packing != "packed",
+        "data.packing",
+        packing,
+        "model.moe.router = 'soft' mixes all tokens of a row, and documents of 'packed' must not see each"
+        " other; use concat for texts, none for examples",
+    )
+    values.require(
+        e.dispatch != "capacity" or config.mesh.context != "ring",
+        "model.moe.dispatch",
+        e.dispatch,
+        "places are given in the order of tokens, which mesh.context = 'ring' changes; use sorted",
+    )
+
+
 def _check_layers(m: schema.ModelConfig) -> None:
     e = m.moe
     values.require(

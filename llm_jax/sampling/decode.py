@@ -60,9 +60,9 @@ def _cast(
     model: decoder.Decoder | encoder_decoder.EncoderDecoder,
 ) -> decoder.Decoder | encoder_decoder.EncoderDecoder:
     def cast(path, leaf):
-        # What is computed with in float32 stays: vectors, norms of heads, biases by distance.
+        # What is computed with in float32 stays: vectors, norms of heads, biases by distance, routers.
         names = {getattr(entry, "name", None) for entry in path}
-        is_exact = len(dims.of_path(path)) < 2 or names & {"relative", "q_norm", "k_norm"}
+        is_exact = len(dims.of_path(path)) < 2 or names & {"relative", "q_norm", "k_norm", "router"}
         return leaf if is_exact else leaf.astype(model.config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, model)

@@ -328,6 +328,15 @@ def _num_params(m):
         attention += 2 * m.head_width if m.qk_norm == "head" else heads + kv_heads
     norms = 4 if m.norm_placement == "sandwich" else 2
     total = m.num_layers * (attention + mlp + norms * norm) + m.vocab_size * m.embed_dim
+    if m.moe.is_on:
+        first, every = m.moe.first_dense_layers, m.moe.every
+        num_expert_layers = (m.num_layers - first) // every
+        one = (3 if m.is_gated else 2) * m.embed_dim * m.expert_width
+        router = 0 if m.moe.router == "hash" else m.embed_dim * m.moe.num_experts
+        router += m.moe.num_experts if m.moe.use_selection_bias else 0
+        router += 1 if m.moe.router == "relu" else 0
+        num_experts = m.moe.num_experts + m.moe.num_shared_experts
+        total += num_expert_layers * (num_experts * one + router - mlp)
     total += norm if m.norm_placement != "post" else 0
     total += norm if m.use_embedding_norm else 0
     total += m.max_length * m.embed_dim if m.positions == "learned" else 0

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import config as config_lib
 from llm_jax import losses
 from tests import helpers
 
@@ -28,6 +29,10 @@ VARIANTS = {
     "relative": {"architecture": "encoder", "positions": "relative", "relative_buckets": 8},
     "kernels": helpers.BERT | {"attention": "pallas"},
     "unrolled": helpers.BERT | {"scan_layers": False},
+    "experts": helpers.BERT | {"moe": config_lib.MoeConfig(num_experts=4, router="softmax")},
+    # In rows of text and of padding alike experts have places for all tokens.
+    "expert_choice": helpers.BERT
+    | {"moe": config_lib.MoeConfig(num_experts=4, router="expert_choice", capacity_factor=4.0)},
 }
 
 

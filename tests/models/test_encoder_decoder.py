@@ -22,6 +22,9 @@ VARIANTS = {
     "kernels": helpers.T5 | {"attention": "pallas"},
     "chunked": helpers.T5 | {"attention": "chunked", "attention_chunk": 5},
     "unrolled": helpers.T5 | {"scan_layers": False},
+    # Texts of a row share the places of an expert: there is room for all of them.
+    "switch": helpers.SWITCH
+    | {"moe": dataclasses.replace(helpers.SWITCH["moe"], capacity_factor=4.0)},
     "remat": helpers.T5 | {"remat": "full"},
 }
 

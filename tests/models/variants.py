@@ -1,5 +1,6 @@
 """Decoders that between them turn every option of a model's config."""
 
+from llm_jax import config as config_lib
 from tests import helpers
 
 VARIANTS = {
@@ -82,6 +83,24 @@ VARIANTS = {
         "attention_softcap": 0.5,
     },
     "reference": {"attention": "reference"},
+    "experts": helpers.EXPERTS,
+    "experts_in_a_pattern": {
+        "num_layers": 5,
+        "layer_pattern": "LG",
+        "window": 3,
+        "moe": config_lib.MoeConfig(num_experts=4, every=2, normalise_weights=False),
+    },
+    "hashed_experts": {"moe": config_lib.MoeConfig(num_experts=4, router="hash")},
+    "relu_experts": {
+        "moe": config_lib.MoeConfig(num_experts=4, router="relu"),
+        "scan_layers": False,
+    },
+    # Of a longer text an expert has more places: with room for all tokens it makes no difference.
+    "expert_capacity": {
+        "moe": config_lib.MoeConfig(
+            num_experts=4, router="gshard", dispatch="capacity", capacity_factor=4.0
+        )
+    },
     "relu": {"activation": "relu", "is_gated": False},
     "relu_squared": {"activation": "relu_squared", "is_gated": False},
     "unrolled": {"scan_layers": False, "num_layers": 3},

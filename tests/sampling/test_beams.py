@@ -122,6 +122,7 @@ VARIANTS = {
     "latents": helpers.LATENTS,
     "t5": helpers.T5,
     "transformer_2017": helpers.TRANSFORMER_2017,
+    "experts": helpers.EXPERTS,
 }
 KERNELS = {
     "llama_kernels": {"attention": "pallas"},

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.models import decoder as decoder_lib
@@ -38,6 +39,14 @@ VARIANTS = {
         "layer_pattern": "LG",
         "attention_softcap": 2.0,
         "attention": "pallas",  # of prompts; the cache has no kernel
+    },
+    "experts": helpers.EXPERTS,
+    "hashed_experts": {
+        "num_layers": 3,
+        "moe": config_lib.MoeConfig(num_experts=4, router="hash", every=2),
+    },
+    "expert_capacity": {
+        "moe": config_lib.MoeConfig(num_experts=4, dispatch="capacity", capacity_factor=4.0)
     },
     "kernels": {"attention": "pallas"},
     "kernels_alibi_window": {"attention": "pallas", "positions": "alibi", "window": 4},

@@ -1,5 +1,7 @@
 """Generation with an encoder: what a whole forward pass says, whatever the padding, neighbours or mesh."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,8 @@ GREEDY = samplers.SamplingParams(temperature=0.0)
 VARIANTS = {
     "t5": helpers.T5,
     "transformer_2017": helpers.TRANSFORMER_2017,
+    "switch": helpers.SWITCH
+    | {"moe": dataclasses.replace(helpers.SWITCH["moe"], capacity_factor=4.0)},
     "grouped_rope": helpers.T5
     | {"positions": "rope", "num_kv_heads": 2, "norm_placement": "sandwich"},
 }

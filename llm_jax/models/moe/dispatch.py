@@ -137,13 +137,11 @@ def within_capacity(routed: routing.Routing, size: int) -> routing.Routing:
 
 def _places(routed: routing.Routing) -> jax.Array:
     """Returns which place of its expert each slot has, int32 [B, T, R]; of unused slots, any."""
-    by_choice_BRT = jnp.swapaxes(routed.experts_BTR, 1, 2)
-    B, R, T = by_choice_BRT.shape
-    experts_BN = by_choice_BRT.reshape(B, R * T)
-    is_of_BNE = experts_BN[..., None] == jnp.arange(routed.num_experts)
-    before_BNE = jnp.cumsum(is_of_BNE, axis=1, dtype=jnp.int32) - 1
-    places_BN = jnp.sum(jnp.where(is_of_BNE, before_BNE, 0), axis=-1)
-    return jnp.swapaxes(places_BN.reshape(B, R, T), 1, 2)
+    is_of_BTRE = (routed.experts_BTR[..., None] == jnp.arange(routed.num_experts)).astype(jnp.int32)
+    by_choice_BRE = jnp.sum(is_of_BTRE, axis=1)
+    first_BRE = jnp.cumsum(by_choice_BRE, axis=1) - by_choice_BRE
+    before_BTRE = jnp.cumsum(is_of_BTRE, axis=1) - is_of_BTRE
+    return jnp.sum(is_of_BTRE * (first_BRE[:, None] + before_BTRE), axis=-1)
 
 
 def _with(spec: PartitionSpec, index: int, axes) -> PartitionSpec:

@@ -50,14 +50,15 @@ def sorted_by_expert(
         buffer_factor=buffer_factor,
     )
     of_tokens, of_weights = _names(batch, length), _names(expert, width)
-    tokens = [jax.sharding.reshard(x, by_token) for x in (routed.experts_BTR, routed.weights_BTR)]
+    arrays = (x_BTD, routed.experts_BTR, routed.weights_BTR)
+    tokens = [jax.sharding.reshard(x, by_token) for x in arrays]
     weights = (experts.up_EDF, experts.gate_EDF, experts.out_EFD)
     specs = (into, None if experts.gate_EDF is None else into, out)
     y_BTD, dropped = jax.shard_map(
         functools.partial(local, of_tokens=of_tokens, of_weights=of_weights),
-        in_specs=(rules.act("BTD"), by_token, by_token, specs),
-        out_specs=(rules.act("BTD"), PartitionSpec()),
-    )(x_BTD, *tokens, weights)
+        in_specs=(by_token, by_token, by_token, specs),
+        out_specs=(by_token, PartitionSpec()),
+    )(*tokens, weights)
     return y_BTD, dropped
 
 
