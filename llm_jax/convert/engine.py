@@ -24,6 +24,8 @@ from llm_jax.convert import tensors as tensors_lib
 
 Infos = Mapping[str, tensors_lib.TensorInfo]
 
+_STACKS = frozenset({"layers", "expert_layers"})
+
 # What a layer has where theirs has no tensor for it: the scale of a norm that is not used.
 _UNUSED = 1.0
 
@@ -70,15 +72,21 @@ def naming(family: table.Family, names: Collection[str]) -> Naming:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One tensor of theirs and where its values lie: in a layer of these parameters, or whole."""
+    """One tensor of theirs and where its values lie in the row's parameters.
+
+    Attributes:
+      row: which tensors of theirs it is one of.
+      place: layer, and expert if each has one; empty where the parameters are whole.
+      info: of theirs.
+    """
 
     row: table.Row
-    layer: int | None
+    place: tuple[int, ...]
     info: tensors_lib.TensorInfo
 
 
 def _is_stacked(path: str) -> bool:
-    return "layers" in path.split("/")
+    return not _STACKS.isdisjoint(path.split("/"))
 
 
 class Plan:
@@ -104,22 +112,33 @@ class Plan:
             raise errors.UserError(f"{family.model_type} has no tensors for {', '.join(homeless)}")
 
     def _add(self, row: table.Row) -> None:
-        (num_layers,) = {
-            self.params[part.path].shape[0] if _is_stacked(part.path) else 1 for part in row.parts
-        }
+        (layers,) = {self._layers(part.path) for part in row.parts}
         dtype = np.dtype(self.params[row.parts[0].path].dtype)
         info = tensors_lib.TensorInfo(row.merged(self.joined(row)), dtype)
-        for layer, name in row.names(num_layers).items():
-            self.slots[name] = Slot(row, layer if row.is_of_layers else None, info)
+        for place, name in row.names(layers, self.config.moe.num_experts).items():
+            self.slots[name] = Slot(row, place, info)
 
-    def shape(self, path: str) -> table.Shape:
-        """Returns the shape of a parameter, in one layer."""
-        shape = tuple(self.params[path].shape)
-        return shape[1:] if _is_stacked(path) else shape
+    def _layers(self, path: str) -> tuple[int, ...]:
+        """Returns which layers of the model a parameter is of."""
+        parts = path.split("/")
+        if not _is_stacked(path):
+            return ()
+        stack = parts[0] if parts[0] in ("encoder", "decoder") else self.config.architecture
+        depth = self.config.decoder_layers if stack == "decoder" else self.config.num_layers
+        if not self.config.has_experts(stack):
+            return tuple(range(depth))
+        wanted = "expert_layers" in parts
+        has_experts = self.config.expert_layers(depth)
+        return tuple(index for index, own in enumerate(has_experts) if own == wanted)
+
+    def shape(self, part: table.Part) -> table.Shape:
+        """Returns the shape of a parameter, in one layer and of one expert if theirs are apart."""
+        num_outside = _is_stacked(part.path) + part.is_of_expert
+        return tuple(self.params[part.path].shape[num_outside:])
 
     def joined(self, row: table.Row) -> table.Shape:
         """Returns the shape of a row's parts, joined."""
-        return row.joined([part.shape(self.shape(part.path)) for part in row.parts])
+        return row.joined([part.shape(self.shape(part)) for part in row.parts])
 
     def by_row(self) -> dict[table.Row, list[str]]:
         """Returns the names of the tensors of each row: those that are of the same parameters."""
@@ -177,13 +196,17 @@ def _is_floating(dtype: np.dtype) -> bool:
 
 def grouped(names: Sequence[str]) -> str:
     """Returns all names in one line, those of several layers as one: `h.{0-11}.ln_1.weight`."""
+    return ", ".join(_grouped_by(r"\.(\d+)\.", _grouped_by(r"\.experts\.(\d+)\.", names)))
+
+
+def _grouped_by(pattern: str, names: Sequence[str]) -> list[str]:
     layers: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        found = re.search(r"\.(\d+)\.", name)
+        found = re.search(pattern, name)
         if found is None:
             layers[name, ""] = []
         else:
-            key = name[: found.start()], name[found.end() :]
+            key = name[: found.start(1)], name[found.end(1) :]
             layers.setdefault(key, []).append(int(found[1]))
     spelled = []
     for (before, after), numbers in layers.items():
@@ -191,8 +214,8 @@ def grouped(names: Sequence[str]) -> str:
             spelled.append(before)
             continue
         of_layers = str(numbers[0]) if len(numbers) == 1 else f"{{{_ranges(sorted(numbers))}}}"
-        spelled.append(f"{before}.{of_layers}.{after}")
-    return ", ".join(spelled)
+        spelled.append(f"{before}{of_layers}{after}")
+    return spelled
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -224,17 +247,18 @@ def fill(plan: Plan, source: Mapping[str, str], tensors: tensors_lib.Tensors) ->
     for name, slot in plan.slots.items():
         whole, start = tensors.read(source[name]).reshape(plan.joined(slot.row)), 0
         for part in slot.row.parts:
-            leaf, shape = plan.params[part.path], plan.shape(part.path)
+            leaf, shape = plan.params[part.path], plan.shape(part)
             size = part.shape(shape)[slot.row.axis]
             place = (slice(None),) * slot.row.axis + (slice(start, start + size),)
             piece = np.ascontiguousarray(part.to_ours(whole[place], shape), leaf.dtype)
             start += size
             if start == whole.shape[slot.row.axis]:
                 del whole  # before the next copy is made
-            if slot.layer is None:
+            if not slot.place:
                 filled[part.path] = jax.device_put(piece, leaf.sharding)
             else:
-                filled[part.path] = _set_layer(filled[part.path], piece, np.int32(slot.layer))
+                place = np.asarray(slot.place, np.int32)
+                filled[part.path] = _set_layer(filled[part.path], piece, place)
     return _nested(filled)
 
 
@@ -244,16 +268,20 @@ def _full(shape: table.Shape, dtype: Any, sharding: jax.sharding.Sharding, value
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_layer(stack: jax.Array, piece: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, piece, layer, 0)
+def _write_layer(stack: jax.Array, piece: jax.Array, place: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(stack, piece, _start(stack, place))
 
 
-def _set_layer(stack: jax.Array, piece: np.ndarray, layer: np.int32) -> jax.Array:
-    """Writes a layer into its stack, in place."""
-    spec = jax.sharding.PartitionSpec(*stack.sharding.spec[1:])
-    placed = jax.device_put(piece, jax.sharding.NamedSharding(stack.sharding.mesh, spec))
+def _start(stack: jax.Array, place: jax.Array) -> list[jax.Array | int]:
+    return [*place, *(0,) * (stack.ndim - len(place))]
+
+
+def _set_layer(stack: jax.Array, piece: np.ndarray, place: np.ndarray) -> jax.Array:
+    """Writes a layer, or an expert of one, into its stack, in place."""
+    piece = piece[(None,) * len(place)]
+    placed = jax.device_put(piece, stack.sharding)
     # Waiting bounds what is in flight to this one.
-    return jax.block_until_ready(_write_layer(stack, placed, layer))
+    return jax.block_until_ready(_write_layer(stack, placed, place))
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,12 +311,13 @@ def theirs(plan: Plan, name: str, params: Mapping[str, jax.Array] | None = None)
     pieces = []
     for part in slot.row.parts:
         leaf = params[part.path]
-        value = leaf if slot.layer is None else _layer(leaf, np.int32(slot.layer))
+        value = leaf if not slot.place else _layer(leaf, np.asarray(slot.place, np.int32))
         pieces.append(part.to_theirs(np.asarray(value)))
     whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, slot.row.axis)
     return whole.reshape(slot.info.shape)
 
 
 @jax.jit
-def _layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+def _layer(stack: jax.Array, place: jax.Array) -> jax.Array:
+    sizes = (*(1,) * len(place), *stack.shape[len(place) :])
+    return jax.lax.dynamic_slice(stack, _start(stack, place), sizes).reshape(sizes[len(place) :])

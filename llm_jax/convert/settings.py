@@ -58,6 +58,10 @@ _TRAINING = ("dropout", "attention_dropout")
 LABELLED = ("sequence", "token")  # heads with a number of labels
 # How a model is computed, not which it is.
 _RUNTIME = ("dtype", "param_dtype", "attention", "attention_chunk", "scan_layers", "remat")
+_OF_TRAINING_EXPERTS = (
+    *("jitter", "is_router_frozen", "balance_loss", "balance_over", "router_z_loss"),
+    *("selection_bias_rate", "relu_penalty_rate", "buffer_factor", "sinkhorn_iterations"),
+)
 _IRRELEVANT = (*_TRAINING, *_RUNTIME, "init_stddev")
 
 
@@ -296,7 +300,11 @@ def to_ours(
         _LOG.warning("%s has settings that llm_jax does not know: %s", where, ", ".join(unknown))
     try:
         shortest = {"data": {"sequence_length": 1}, "objective": {"target_length": 1}}
-        return _shortened(config_lib.from_dict({"model": ours} | shortest).model)
+        nested = {
+            name: config_lib.to_dict(value) if dataclasses.is_dataclass(value) else value
+            for name, value in ours.items()
+        }
+        return _shortened(config_lib.from_dict({"model": nested} | shortest).model)
     except errors.UserError as error:
         raise errors.UserError(f"{where}: {error}") from error
 
@@ -312,6 +320,8 @@ def _shortened(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
     if m.kv_latent_dim is not None:
         follow |= {"rope_head_dim": m.head_width / 2, "value_head_dim": m.head_width}
     following = [name for name, value in follow.items() if getattr(m, name) == value]
+    if m.moe.is_on and m.moe.expert_dim == m.mlp_width:
+        m = dataclasses.replace(m, moe=dataclasses.replace(m.moe, expert_dim=None))
     return dataclasses.replace(m, **dict.fromkeys(following))
 
 
@@ -393,6 +403,7 @@ def canonical(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
         "rope_head_dim": m.rope_head_width,
         "value_head_dim": m.value_width,
         "rope_attention_factor": positions.rotary_factor(m),
+        "moe": _canonical_experts(m),
     }
     is_llama3, is_yarn = m.rope_scaling == "llama3", m.rope_scaling == "yarn"
     has_local, has_latents = "L" in pattern, m.kv_latent_dim is not None
@@ -423,6 +434,19 @@ def canonical(m: config_lib.ModelConfig) -> config_lib.ModelConfig:
         if not has_effect:
             decided |= {name: getattr(default, name) for name in names}
     return dataclasses.replace(m, **decided)
+
+
+def _canonical_experts(m: config_lib.ModelConfig) -> config_lib.MoeConfig:
+    """Returns the settings of experts without those of training, and of how they are computed."""
+    default, moe = config_lib.MoeConfig(), m.moe
+    if not moe.is_on:
+        return default
+    irrelevant = dict.fromkeys(_OF_TRAINING_EXPERTS)
+    decided = {name: getattr(default, name) for name in irrelevant}
+    decided["expert_dim"] = m.expert_width
+    if moe.dispatch != "capacity":
+        decided |= {"dispatch": "auto", "capacity_factor": default.capacity_factor}
+    return dataclasses.replace(moe, **decided)
 
 
 def local_and_global(m: config_lib.ModelConfig) -> str:

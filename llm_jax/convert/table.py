@@ -20,6 +20,7 @@ from llm_jax import dims
 from llm_jax.convert import settings
 
 LAYER = "{layer}"  # in a name: the number of the layer
+EXPERT = "{expert}"  # and of the expert
 
 Shape = tuple[int, ...]
 
@@ -32,15 +33,18 @@ class Part:
       path: ours, as `inspect` prints it.
       layout: of the tensor's dimensions, those of our name in some order; `(..)` are merged into one, `1`
         is a dimension of one element.
+      is_of_expert: whether there is a tensor of each expert, which our E counts.
     """
 
     path: str
     layout: str
+    is_of_expert: bool = False
 
     @property
     def ours(self) -> str:
-        """The letters of our dimensions, of one layer."""
-        return dims.suffix(self.path)
+        """The letters of our dimensions, of one layer, and of one expert where each has a tensor."""
+        letters = dims.suffix(self.path)
+        return letters.replace("E", "") if self.is_of_expert else letters
 
     def shape(self, ours: Shape) -> Shape:
         """Returns the shape of theirs, of that of ours."""
@@ -66,10 +70,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A tensor of theirs, or one of each layer.
+    """A tensor of theirs, or one of each layer, or of each expert of each layer.
 
     Attributes:
-      name: theirs, with `{layer}` where there is one of each.
+      name: theirs, with `{layer}` where there is one of each, and `{expert}`.
       parts: what it holds: one parameter, or several joined along a dimension.
       axis: that dimension, of theirs.
       is_merged: whether theirs has this dimension and the one before as one: a head's parts are joined,
@@ -115,14 +119,38 @@ class Row:
 
     def names(self, num_layers: int) -> dict[int, str]:
         """Returns the name of each layer's tensor; of layer 0 alone where there is but one."""
+
+    @property
+    def is_of_experts(self) -> bool:
+        return EXPERT in self.name
+
+    def names(self, layers: Sequence[int], num_experts: int) -> dict[tuple[int, ...], str]:
+        """Returns the name of each tensor by its place in our parameters: layer, expert.
+
+        Args:
+          layers: which of the model's each of the parameters' layers is.
+          num_experts: of each.
+        """
         if not self.is_of_layers:
-            return {0: self.name}
-        return {i: self.name.replace(LAYER, str(i)) for i in range(self.first_layer, num_layers)}
+            return {(): self.name}
+        found = {}
+        for place, layer in enumerate(layers):
+            name = self.name.replace(LAYER, str(layer))
+            if layer < self.first_layer:
+                continue
+            if not self.is_of_experts:
+                found[place,] = name
+                continue
+            for expert in range(num_experts):
+                found[place, expert] = name.replace(EXPERT, str(expert))
+        return found
 
 
 def row(path: str, name: str, layout: str | None = None, **when: Any) -> Row:
     """Returns the row of one parameter; without a layout theirs has our dimensions as they are."""
-    return Row(name, (Part(path, layout or dims.suffix(path)),), **when)
+    is_of_expert = EXPERT in name
+    layout = layout or Part(path, "", is_of_expert).ours
+    return Row(name, (Part(path, layout, is_of_expert),), **when)
 
 
 def joined(name: str, axis: int, *parts: tuple[str, str], is_merged: bool = False) -> Row:

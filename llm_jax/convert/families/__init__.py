@@ -8,10 +8,13 @@ from llm_jax.convert.families import gemma3
 from llm_jax.convert.families import gpt2
 from llm_jax.convert.families import llama
 from llm_jax.convert.families import marian
+from llm_jax.convert.families import mixtral
 from llm_jax.convert.families import modernbert
 from llm_jax.convert.families import olmo2
+from llm_jax.convert.families import olmoe
 from llm_jax.convert.families import qwen2
 from llm_jax.convert.families import qwen3
+from llm_jax.convert.families import qwen3_moe
 from llm_jax.convert.families import t5
 
 BY_TYPE: dict[str, table.Family] = {
@@ -27,6 +30,9 @@ BY_TYPE: dict[str, table.Family] = {
         olmo2.FAMILY,
         deepseek.V2,
         deepseek.V3,
+        mixtral.FAMILY,
+        qwen3_moe.FAMILY,
+        olmoe.FAMILY,
         bert.FAMILY,
         modernbert.FAMILY,
         t5.FAMILY,

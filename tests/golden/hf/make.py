@@ -33,6 +33,7 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _GROUPED = {"num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
 _BERT = {"type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _T5 = {
     "vocab_size": VOCAB,
@@ -216,6 +217,34 @@ VARIANTS = {
         _SMALL | _LATENTS | {"rope_parameters": _YARN | {"mscale": 1.5, "mscale_all_dim": 0.8}},
     ),
     "llama_yarn": ("LlamaForCausalLM", "LlamaConfig", _SMALL | {"rope_parameters": _YARN}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        _SMALL | _GROUPED | {"num_local_experts": 4, "sliding_window": None},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _SMALL
+        | _GROUPED
+        | _EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "head_dim": 6,
+            "moe_intermediate_size": 12,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_moe_every_second": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        _SMALL
+        | _GROUPED
+        | _EXPERTS
+        | {"num_hidden_layers": 4, "moe_intermediate_size": 12, "decoder_sparse_step": 2},
+    ),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", _SMALL | _GROUPED | _EXPERTS),
 }
 # A place is a seed: a new variant goes last.
 ORDER = (
@@ -232,6 +261,7 @@ ORDER = (
     ),
     *("modernbert", "olmo2", "qwen2", "qwen3", "t5_v1_0", "t5_v1_1", "deepseek_v2", "deepseek_v3"),
     *("deepseek_v3_halves", "deepseek_v3_yarn", "llama_yarn"),
+    *("mixtral", "qwen3_moe", "qwen3_moe_every_second", "olmoe"),
 )
 WITH_BEAMS = ("gpt2", "llama3", "deepseek_v3", "t5_v1_0", "t5_v1_1", "marian")
 ENCODERS = ("bert", "bert_classifier", "modernbert")
@@ -345,6 +375,23 @@ def generations(name: str, model, rows) -> dict[str, np.ndarray]:
     return result
 
 
+def as_saved(name: str, key: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Returns what a parameter is in files, where experts, one array in memory, are one by one."""
+    if name == "mixtral":
+        key = key.replace(".mlp.", ".block_sparse_moe.")
+    if ".experts." not in key:
+        return [(key, value)]
+    gate, up, down = (
+        ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    )
+    experts, kind = key.rsplit(".", 1)
+    found = []
+    for index, own in enumerate(value):
+        parts = {down: own} if kind == "down_proj" else dict(zip((gate, up), own.chunk(2)))
+        found += [(f"{experts}.{index}.{part}.weight", x) for part, x in parts.items()]
+    return found
+
+
 def outputs(name: str, model) -> dict[str, np.ndarray]:
     """Returns all that a variant's test compares."""
     rng = np.random.default_rng(100)
@@ -361,7 +408,8 @@ def outputs(name: str, model) -> dict[str, np.ndarray]:
     result["loss"] = loss.detach().numpy()
     for key, parameter in model.named_parameters():
         if parameter.grad is not None and parameter.requires_grad:
-            result[f"gradient/{key}"] = parameter.grad.numpy()
+            for saved, grad in as_saved(name, key, parameter.grad):
+                result[f"gradient/{saved}"] = grad.numpy()
     if name in ENCODER_DECODERS:
         kinds = {"encoder": out.encoder_hidden_states, "decoder": out.decoder_hidden_states}
     else:
