@@ -117,9 +117,6 @@ class Row:
         before, heads, size = joined[: self.axis - 1], *joined[self.axis - 1 : self.axis + 1]
         return *before, heads * size, *joined[self.axis + 1 :]
 
-    def names(self, num_layers: int) -> dict[int, str]:
-        """Returns the name of each layer's tensor; of layer 0 alone where there is but one."""
-
     @property
     def is_of_experts(self) -> bool:
         return EXPERT in self.name

@@ -110,10 +110,13 @@ def test_buffers_that_do_not_follow_from_the_config_are_refused(tmp_path):
         ),
         (
             "deepseek_v3",
-            {"first_k_dense_replace": 1},
-            "first_k_dense_replace = 1 with num_hidden_layers = 2: layers from 1 on are of experts",
+            {"topk_method": "greedy"},
+            "topk_method = 'greedy' (llm_jax has 'noaux_tc' alone)",
         ),
-        ("deepseek_v2", {"first_k_dense_replace": None}, "first_k_dense_replace = 0 with num_hid"),
+        ("deepseek_v2_experts", {"topk_method": "best"}, "topk_method = 'best'"),
+        ("deepseek_v3_experts", {"num_experts_per_tok": 5}, "must hold experts_per_token = 5"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers = [1]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "llm_jax has one of them"),
         (
             "deepseek_v3",
             {"num_key_value_heads": 2},

@@ -176,6 +176,9 @@ _FAMILIES = {
     "llama2": "llama",
     "llama3": "llama",
     "llama_yarn": "llama",
+    "qwen3_moe_every_second": "qwen3_moe",
+    "deepseek_v2_experts": "deepseek_v2",
+    "deepseek_v3_experts": "deepseek_v3",
     "t5_v1_0": "t5",
     "t5_v1_1": "t5",
 }

@@ -1,8 +1,9 @@
-"""DeepSeek-V2 (DeepSeek-AI 2024a) and -V3 (2024b) with dense layers alone: a Llama that attends to latents.
+"""DeepSeek-V2 (DeepSeek-AI 2024a) and -V3 (2024b): a Llama that attends to latents, with many small experts.
 
 Of each head the tensors have first what is without a position and then what is rotated, or the values.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from llm_jax.convert import layers
 from llm_jax.convert import settings
 from llm_jax.convert import table
 from llm_jax.convert.families import activations
+from llm_jax.convert.families import experts
 from llm_jax.convert.families import llama
 
 _ATTENTION, _THEIRS = f"{llama.STACK}/attention", f"{llama.THEIRS}.self_attn"
@@ -64,25 +66,57 @@ def _write_heads(model: config_lib.ModelConfig, original: settings.Json) -> sett
     return {"num_key_value_heads": model.num_heads}
 
 
-def _depth(default: int, default_depth: int) -> settings.Setting:
-    """Returns the setting of how many layers there are before those of experts: all."""
+# Of ours and theirs; those that only V3 has, or V2, are not among them.
+_EXPERT_KEYS = {
+    "num_experts": "n_routed_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_dim": "moe_intermediate_size",
+    "num_shared_experts": "n_shared_experts",
+    "first_dense_layers": "first_k_dense_replace",
+    "weight_scale": "routed_scaling_factor",
+}
+_GROUP_KEYS = {"num_groups": "n_group", "groups_per_token": "topk_group"}
+_METHOD, _GREEDY, _IN_GROUPS = "topk_method", "greedy", "group_limited_greedy"
 
-    def read(theirs: settings.Json, names: settings.Names) -> settings.Ours:
-        del names
-        depth = theirs.get("num_hidden_layers", default_depth)
-        dense = theirs.get("first_k_dense_replace", default)
-        if dense < depth:
-            raise errors.UserError(
-                f"first_k_dense_replace = {dense} with num_hidden_layers = {depth}: layers from"
-                f" {dense} on are of experts (llm_jax converts dense ones alone)"
-            )
-        return {"num_layers": depth}
+
+def _experts(depth: int, fixed: dict[str, Any], **defaults: int | float) -> settings.Setting:
+    """Returns the setting of layers and their experts, of which a model of dense layers has none.
+
+    Args:
+      depth: of a config that does not say.
+      fixed: of all models of the version; where the router is of V2, `topk_method` says whether it goes
+        by groups, and weights are what the softmax gave.
+      defaults: of a config that does not say, by our names.
+    """
+    is_v2 = fixed["router"] == "softmax"
+    keys = _EXPERT_KEYS | _GROUP_KEYS
+    if not is_v2:
+        keys |= {"normalise_weights": "norm_topk_prob"}
+    names = ("num_hidden_layers", *keys.values(), *([_METHOD] if is_v2 else []))
+
+    def read(theirs: settings.Json, tensors: settings.Names) -> settings.Ours:
+        del tensors
+        num_layers = theirs.get("num_hidden_layers", depth)
+        ours = {name: theirs.get(key, defaults.get(name)) for name, key in keys.items()}
+        if ours["first_dense_layers"] >= num_layers:
+            return {"num_layers": num_layers, "moe": config_lib.MoeConfig()}
+        method = theirs.get(_METHOD, _GREEDY)
+        if is_v2 and method not in (_GREEDY, _IN_GROUPS):
+            raise errors.UserError(f"{_METHOD} = {method!r} (llm_jax has {_GREEDY}, {_IN_GROUPS})")
+        if is_v2 and method == _GREEDY:
+            ours |= dict.fromkeys(_GROUP_KEYS, 1)
+        return {"num_layers": num_layers, "moe": config_lib.MoeConfig(**fixed | ours)}
 
     def write(model: config_lib.ModelConfig, original: settings.Json) -> settings.Ours:
         del original
-        return {"num_hidden_layers": model.num_layers, "first_k_dense_replace": model.num_layers}
+        written = {"num_hidden_layers": model.num_layers}
+        if not model.moe.is_on:
+            return written | {"first_k_dense_replace": model.num_layers}
+        moe = dataclasses.replace(model.moe, expert_dim=model.expert_width)
+        written |= {key: getattr(moe, name) for name, key in keys.items()}
+        return written | ({_METHOD: _IN_GROUPS if moe.num_groups > 1 else _GREEDY} if is_v2 else {})
 
-    return settings.Custom(("num_hidden_layers", "first_k_dense_replace"), read, write)
+    return settings.Custom(names, read, write)
 
 
 # Under which the scaling of rotary positions stands, the first of them that there is.
@@ -162,19 +196,39 @@ _COMMON = (
     settings.Fixed({"latent_norm_epsilon": 1e-6}),
     settings.Unread(("head_dim", "qk_head_dim")),  # follow from the widths of a head's parts
     settings.Unread(("pretraining_tp", "num_nextn_predict_layers", "num_mtp_layers")),
-    # Of experts, of which there are none.
-    settings.Unread(("n_routed_experts", "num_local_experts", "num_experts", "n_shared_experts")),
-    settings.Unread(("moe_intermediate_size", "moe_layer_freq", "num_experts_per_tok", "ep_size")),
-    settings.Unread(("n_group", "topk_group", "topk_method", "norm_topk_prob", "scoring_func")),
-    settings.Unread(("routed_scaling_factor", "aux_loss_alpha", "seq_aux", "output_router_logits")),
+    settings.Unread(("num_local_experts", "num_experts", "moe_layer_freq", "ep_size")),
+    settings.Unread(("aux_loss_alpha", "seq_aux", "output_router_logits")),  # of training
 )
-_ROWS = (*llama.EMBEDDING_ROWS, *llama.PRE_NORM_ROWS, *ATTENTION_ROWS, *llama.MLP_ROWS)
+_LAYER_ROWS = (*llama.PRE_NORM_ROWS, *ATTENTION_ROWS)
+_SHARED, _THEIR_SHARED = f"{experts.STACK}/mlp/shared", f"{llama.THEIRS}.mlp.shared_experts"
+_ROWS = (
+    *llama.EMBEDDING_ROWS,
+    *_LAYER_ROWS,
+    *llama.MLP_ROWS,
+    *experts.rows(_LAYER_ROWS, "mlp", "gate_proj", "up_proj", "down_proj"),
+    table.row(
+        f"{experts.STACK}/mlp/router/selection_bias_E",
+        f"{llama.THEIRS}.mlp.gate.e_score_correction_bias",
+    ),
+    table.row(f"{_SHARED}/gate_DF", f"{_THEIR_SHARED}.gate_proj.weight", "FD"),
+    table.row(f"{_SHARED}/up_DF", f"{_THEIR_SHARED}.up_proj.weight", "FD"),
+    table.row(f"{_SHARED}/out_FD", f"{_THEIR_SHARED}.down_proj.weight", "DF"),
+)
 
 V2 = table.Family(
     model_type="deepseek_v2",
     base="model.",
     settings=(
-        _depth(default=0, default_depth=32),
+        _experts(
+            32,
+            {"router": "softmax", "normalise_weights": False},
+            num_experts=64,
+            num_shared_experts=2,
+            first_dense_layers=0,
+            weight_scale=1.0,
+            expert_dim=1407,
+        ),
+        settings.Unread(("norm_topk_prob", "scoring_func")),  # which their code does not read
         *_sizes(embed_dim=4096, num_heads=32, mlp_dim=11008, max_length=2048, vocab_size=102400),
         *_COMMON,
         _rope(),
@@ -191,7 +245,21 @@ V3 = table.Family(
     model_type="deepseek_v3",
     base="model.",
     settings=(
-        _depth(default=3, default_depth=61),
+        _experts(
+            61,
+            {"router": "sigmoid", "use_selection_bias": True},
+            num_experts=256,
+            experts_per_token=8,
+            num_shared_experts=1,
+            first_dense_layers=3,
+            weight_scale=2.5,
+            expert_dim=2048,
+            num_groups=8,
+            groups_per_token=4,
+            normalise_weights=True,
+        ),
+        settings.Only("scoring_func", ("sigmoid",), "sigmoid"),
+        settings.Only("topk_method", ("noaux_tc",), "noaux_tc"),
         *_sizes(embed_dim=7168, num_heads=128, mlp_dim=18432, max_length=4096, vocab_size=129280),
         *_COMMON,
         _rope(),

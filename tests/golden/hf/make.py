@@ -33,6 +33,16 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _GROUPED = {"num_key_value_heads": 2}
+_FINE_EXPERTS = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3}
 _BERT = {"type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _T5 = {
@@ -217,6 +227,19 @@ VARIANTS = {
         _SMALL | _LATENTS | {"rope_parameters": _YARN | {"mscale": 1.5, "mscale_all_dim": 0.8}},
     ),
     "llama_yarn": ("LlamaForCausalLM", "LlamaConfig", _SMALL | {"rope_parameters": _YARN}),
+    "deepseek_v2_experts": (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        _SMALL
+        | _LATENTS
+        | _FINE_EXPERTS
+        | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
+    ),
+    "deepseek_v3_experts": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _SMALL | _LATENTS | _FINE_EXPERTS,
+    ),
     "mixtral": (
         "MixtralForCausalLM",
         "MixtralConfig",
@@ -262,6 +285,7 @@ ORDER = (
     *("modernbert", "olmo2", "qwen2", "qwen3", "t5_v1_0", "t5_v1_1", "deepseek_v2", "deepseek_v3"),
     *("deepseek_v3_halves", "deepseek_v3_yarn", "llama_yarn"),
     *("mixtral", "qwen3_moe", "qwen3_moe_every_second", "olmoe"),
+    *("deepseek_v2_experts", "deepseek_v3_experts"),
 )
 WITH_BEAMS = ("gpt2", "llama3", "deepseek_v3", "t5_v1_0", "t5_v1_1", "marian")
 ENCODERS = ("bert", "bert_classifier", "modernbert")
@@ -289,6 +313,9 @@ def make_model(name: str, settings: dict[str, Any], seed: int) -> torch.nn.Modul
             drawn = mean + spread * rng.standard_normal(tuple(parameter.shape))
             if "embed_positions" not in key:  # Marian's are sinusoids
                 parameter.copy_(torch.tensor(drawn, dtype=torch.float32))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.tensor(0.1 * rng.standard_normal(tuple(buffer.shape))))
         if name == "marian":
             bias = 0.3 * rng.standard_normal((1, config.vocab_size))
             model.final_logits_bias.copy_(torch.tensor(bias))

@@ -176,18 +176,18 @@ def test_commands_train_resume_and_sample(tmp_path):
         "optim.warmup_steps": 1,
     }
     given = [f"--config.{name}={value}" for name, value in config.items()]
-    run = ["--config=configs/tiny.py", f"--workdir={tmp_path}/run", *given]
+    run = [f"--config={commands.ROOT}/configs/tiny.py", f"--workdir={tmp_path}/run", *given]
     first = [*run, "--config.train.num_steps=2"]
     second = [*run, "--config.train.num_steps=4"]
-    for code, text, _ in commands.run("llm_jax.train", tmp_path, [first, second]):
-        assert code == 0, text
+    for code, _, log in commands.run("llm_jax.train", tmp_path, [first, second]):
+        assert code == 0, log
     rows = metrics.read(tmp_path / "run")
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4]
     assert np.shape(rows[-1]["moe/layers/load"]) == (2, E)
     assert json.dumps(rows[-1])
     flags = [f"--workdir={tmp_path}/run", "--prompt=the quick", "--max_tokens=4"]
-    ((code, text, _),) = commands.run("llm_jax.sampling.__main__", tmp_path, [flags])
-    assert code == 0 and text.startswith("the quick"), text
+    ((code, text, log),) = commands.run("llm_jax.sampling.__main__", tmp_path, [flags])
+    assert code == 0 and text.startswith("the quick"), log
 
 
 # --- what will not do -------------------------------------------------------------------------------
