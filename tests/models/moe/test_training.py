@@ -157,6 +157,7 @@ def test_evaluation_draws_and_balances_nothing(one_device):
     assert balance.max_violation(evaluated[""].load_E).max() > 0.1
 
 
+@pytest.mark.slow
 def test_commands_train_resume_and_sample(tmp_path):
     """A run of experts by the same commands, resumed, writes the metrics of each layer and then text."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
