@@ -115,6 +115,10 @@ def _check_router(m: schema.ModelConfig) -> None:
         e.dispatch,
         "router = 'soft' mixes tokens and sends none; use auto",
     )
+    _check_groups(e)
+
+
+def _check_groups(e: schema.MoeConfig) -> None:
     values.require(
         e.num_experts % e.num_groups == 0,
         "model.moe.num_groups",

@@ -18,6 +18,7 @@ from llm_jax import errors
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax.convert import engine
+from llm_jax.convert import equality
 from llm_jax.convert import families
 from llm_jax.convert import settings
 from llm_jax.convert import source as source_lib
@@ -184,7 +185,7 @@ class Conversion:
     def labels(self) -> list[str] | None:
         """Returns the names of the classes; None where the model has none."""
         names = self._source.config.get("id2label")
-        if names is None or self.model_config.head not in settings.LABELLED:
+        if names is None or self.model_config.head not in equality.LABELLED:
             return None
         try:
             return [names[number] for number in sorted(names, key=int)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax.convert import equality
 from llm_jax.convert import settings
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
@@ -214,7 +215,7 @@ def window(
 
     def write(model: config_lib.ModelConfig, original: settings.Json) -> settings.Ours:
         del original
-        spelled = settings.local_and_global(model) or "G" * model.num_layers
+        spelled = equality.local_and_global(model) or "G" * model.num_layers
         types = [_LOCAL if letter == "L" else _GLOBAL for letter in spelled]
         width = {key: model.window}
         return width if is_fixed else width | {"layer_types": types}

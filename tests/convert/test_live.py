@@ -14,6 +14,7 @@ from tests import helpers
 from tests.convert import folders
 from tests.convert import parity
 from tests.golden.hf import goldens
+from tests.golden.hf import variants
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,7 +31,7 @@ _ROUNDING = 10
 
 def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
     """Returns a variant's settings with other sizes and options."""
-    settings = dict(make.VARIANTS[name][2])
+    settings = dict(variants.VARIANTS[name][2])
 
     def among(*values):
         return values[rng.integers(len(values))]
@@ -41,7 +42,7 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
         width = heads * 2 * int(rng.integers(2, 6))
     layers, mlp_width = int(rng.integers(1, 4)), int(rng.integers(4, 40))
     drawn = {
-        "vocab_size": int(rng.integers(make.VOCAB, 90)),
+        "vocab_size": int(rng.integers(variants.VOCAB, 90)),
         "head_dim": head_width,
         "d_kv": head_width,
         "num_key_value_heads": among(*(k for k in range(1, heads + 1) if heads % k == 0)),
@@ -68,6 +69,8 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
         drawn |= dict.fromkeys(names, value)
     if "kv_lora_rank" in settings:
         drawn |= _random_latents(rng, heads, layers)
+    if settings.keys() & _EXPERTS:
+        drawn |= _random_experts(rng, name, layers, heads)
     settings |= {key: value for key, value in drawn.items() if key in settings}
     if name.startswith("t5"):
         settings["tie_word_embeddings"] = among(True, False)
@@ -82,6 +85,32 @@ def _random_settings(name: str, rng: np.random.Generator) -> dict[str, Any]:
             "rope_theta": float(rng.uniform(50, 5000)),
         }
     return settings
+
+
+_EXPERTS = {"num_experts", "num_local_experts", "n_routed_experts"}
+
+
+def _random_experts(rng: np.random.Generator, name: str, layers: int, heads: int) -> dict[str, Any]:
+    """Returns settings of experts; their code multiplies rows of a multiple of 16 bytes alone."""
+    num_groups = int(rng.integers(1, 4))
+    num_experts = num_groups * int(rng.integers(2, 5))
+    in_groups = int(rng.integers(1, num_groups + 1))
+    per_token = int(rng.integers(1, in_groups * (num_experts // num_groups) + 1))
+    every = int(rng.integers(1, layers + 1)) if "second" in name else 1
+    return dict.fromkeys(_EXPERTS, num_experts) | {
+        "hidden_size": heads * 4 * int(rng.integers(1, 4)),
+        "intermediate_size": 4 * int(rng.integers(1, 9)),
+        "moe_intermediate_size": 4 * int(rng.integers(1, 9)),
+        "num_experts_per_tok": per_token,
+        "n_shared_experts": int(rng.integers(1, 3)),
+        "n_group": num_groups,
+        "topk_group": in_groups,
+        "norm_topk_prob": bool(rng.integers(2)),
+        "routed_scaling_factor": float(rng.uniform(0.5, 3)),
+        "first_k_dense_replace": int(rng.integers(0, layers)),
+        "mlp_only_layers": list(range(int(rng.integers(0, layers)))),
+        "decoder_sparse_step": every,
+    }
 
 
 def _random_latents(rng: np.random.Generator, heads: int, layers: int) -> dict[str, Any]:
@@ -100,13 +129,13 @@ def _random_latents(rng: np.random.Generator, heads: int, layers: int) -> dict[s
 
 @pytest.fixture(
     scope="module",
-    params=[(name, seed) for name in make.VARIANTS for seed in _SEEDS],
+    params=[(name, seed) for name in variants.VARIANTS for seed in _SEEDS],
     ids=lambda param: "-".join(map(str, param)),
 )
 def live(request, tmp_path_factory):
     """Returns a golden of random shapes, written and read as the committed ones are."""
     name, seed = request.param
-    rng = np.random.default_rng([seed, sorted(make.VARIANTS).index(name)])
+    rng = np.random.default_rng([seed, sorted(variants.VARIANTS).index(name)])
     folder = tmp_path_factory.mktemp(f"{name}_{seed}") / "model"
     make.write(name, folder, _random_settings(name, rng), seed=100 + seed)
     return parity.convert(goldens.read(name, folder))
@@ -135,7 +164,7 @@ def test_transformers_loads_what_is_exported(live, tmp_path):
         for key, value in live.golden.outputs.items()
         if key.startswith("right/") and key != "right/logits"
     }
-    architecture = make.VARIANTS[name][0]
+    architecture = variants.VARIANTS[name][0]
     logits = _logits(back, architecture, inputs)
     np.testing.assert_array_equal(logits, _logits(folder, architecture, inputs))
 

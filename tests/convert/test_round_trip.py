@@ -13,6 +13,7 @@ from llm_jax import checkpoint
 from llm_jax import errors
 from llm_jax import trees
 from llm_jax.convert import engine
+from llm_jax.convert import equality
 from llm_jax.convert import families
 from llm_jax.convert import importing
 from llm_jax.convert import settings
@@ -209,7 +210,7 @@ def test_a_run_of_ours_is_exported_by_the_family_that_fits(tmp_path):
     assert folders.config_of(folder)["architectures"] == ["Qwen2ForCausalLM"]
     source = source_lib.open_folder(folder, has_tokenizer=False)
     conversion = importing.Conversion(source, importing.Options(has_tokenizer=False), mesh, rules)
-    assert settings.is_same(conversion.model_config, dataclasses.replace(config.model, dropout=0.0))
+    assert equality.is_same(conversion.model_config, dataclasses.replace(config.model, dropout=0.0))
     helpers.assert_equal(conversion.params(), trees.to_nested(model))
 
 
@@ -233,7 +234,7 @@ def test_runs_with_latents_are_exported(changes, tmp_path):
     folder = folders.export(tmp_path / "run", tmp_path / "model", family="deepseek_v3")
     source = source_lib.open_folder(folder, has_tokenizer=False)
     conversion = importing.Conversion(source, importing.Options(has_tokenizer=False), mesh, rules)
-    assert settings.is_same(conversion.model_config, config.model)
+    assert equality.is_same(conversion.model_config, config.model)
     helpers.assert_equal(conversion.params(), trees.to_nested(model))
 
 

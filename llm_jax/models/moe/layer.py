@@ -76,7 +76,6 @@ class Router(nnx.Module):
             weight_DE = jax.lax.stop_gradient(weight_DE)
         x_BTD = x_BTD.astype(jnp.float32)
         if moe.jitter and key is not None:
-            # On small numbers of experts the same noise for all channels would change nothing.
             noise_BTD = jax.random.uniform(
                 jax.random.fold_in(key, 0),
                 x_BTD.shape,
@@ -129,17 +128,14 @@ class Router(nnx.Module):
         if name == "sinkhorn":
             return routers.softmax_top_k(logits_BTE, k, **weighted)
         if name == "base":
-            return (
-                balanced.base(logits_BTE, is_token_BT)
-                if is_training
-                else balanced.greedy(logits_BTE)
-            )
-        if name == "hash":
-            tokens_BT = jax.sharding.reshard(context.tokens_BT, by_row)
-            return routers.hashed(tokens_BT, E, k)
-        bits_key = jax.random.key(0) if key is None else key
-        bits_BT = jax.random.bits(bits_key, is_token_BT.shape, out_sharding=by_row)
-        return routers.at_random(bits_BT, E, k)
+            if not is_training:
+                return balanced.greedy(logits_BTE)
+            return balanced.base(logits_BTE, is_token_BT)
+        if name == "random" and is_training:
+            bits_BT = jax.random.bits(key, is_token_BT.shape, out_sharding=by_row)
+            return routers.at_random(bits_BT, E, k)
+        # Where nothing may be drawn, a random router goes by the token as well.
+        return routers.hashed(jax.sharding.reshard(context.tokens_BT, by_row), E, k)
 
     def _summary(
         self, routed: routing.Routing, logits_BTE: jax.Array | None, is_token_BT: jax.Array
