@@ -27,8 +27,6 @@ MESHES = {
 }
 _PER_TOKEN = {"switch": 1, "base": 1}
 _ROUTERS = [name for name in config_lib.ROUTERS if name != "soft"]
-# Of these a token may have all experts.
-_MANY = ("relu", "expert_choice")
 
 
 def _config(router, dispatch="auto", is_gated=True, **moe) -> config_lib.ModelConfig:
@@ -119,7 +117,7 @@ def test_dispatches_equal_dense(router, dispatch):
 @pytest.mark.parametrize(
     "router",
     [
-        name if name in ("softmax", "expert_choice") else pytest.param(name, marks=pytest.mark.long)
+        name if name == "softmax" else pytest.param(name, marks=pytest.mark.long)
         for name in _ROUTERS
     ],
 )
