@@ -1,0 +1,1 @@
+"""Rows grouped by expert times each group's own matrix, as dropless mixtures of experts need it."""
