@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.kernels import placement
+from llm_jax.kernels.grouped_matmul import blocks as blocks_lib
 from llm_jax.kernels.grouped_matmul import groups
+from llm_jax.kernels.grouped_matmul import pallas
 from llm_jax.kernels.grouped_matmul import ragged
 from llm_jax.kernels.grouped_matmul import reference
 from llm_jax.kernels.grouped_matmul import tiled
 
 _LOG = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "reference", "tiled", "ragged_dot")
+IMPLEMENTATIONS = ("auto", "reference", "tiled", "ragged_dot", "pallas")
 
 _DTYPES = ("bfloat16", "float32")
 
@@ -40,6 +42,7 @@ def grouped_matmul(
     sizes_E: jax.Array,
     *,
     implementation: str = "auto",
+    blocks: blocks_lib.Blocks | None = None,
 ) -> jax.Array:
     """Multiplies rows, sorted by group, by their group's matrix.
 
@@ -49,12 +52,15 @@ def grouped_matmul(
     `jax.shard_map` the arrays are a device's own.
 
     `reference` computes every row with every matrix, `tiled` loops over tiles of rows, `ragged_dot`
-    is XLA's. `auto` takes `tiled` on a CPU and `ragged_dot` elsewhere. The log says what it took.
+    is XLA's, `pallas` are kernels for the TPUs of the mesh that is set, interpreted on a CPU. `auto`
+    takes `tiled` on a CPU, `pallas` on a TPU that it has sizes for, and `ragged_dot` elsewhere. The log
+    says what it took.
 
     Args:
       x_RD: bfloat16 or float32.
       w_EDF: in the same dtype.
       sizes_E: int32, not negative; their sum is R at the most.
+      blocks: overrides the sizes of all kernels of `pallas`.
 
     Returns:
       [R, F] in the dtype of `x_RD`.
@@ -66,20 +72,29 @@ def grouped_matmul(
     _check(x_RD, w_EDF, sizes_E)
     device_kind = placement.device_kind()
     if implementation == "auto":
-        implementation = "tiled" if device_kind == "cpu" else "ragged_dot"
+        implementation = _choose(device_kind)
         _say(implementation, x_RD.shape, w_EDF.shape)
     if implementation == "reference":
         return reference.grouped_matmul(x_RD, w_EDF, sizes_E)
-    local = _make(implementation)
+    local = _make(implementation, device_kind, blocks)
     # Outside of what has a gradient of its own: that of what was made to vary is then summed by JAX.
     return _grouped_matmul(local, *groups.varying(x_RD, w_EDF, sizes_E))
 
 
-def _make(implementation: str) -> Local:
+def _choose(device_kind: str) -> str:
+    if device_kind == "cpu":
+        return "tiled"
+    return "pallas" if blocks_lib.is_known(device_kind) else "ragged_dot"
+
+
+def _make(implementation: str, device_kind: str, blocks: blocks_lib.Blocks | None) -> Local:
     if implementation == "tiled":
         return tiled.Tiled()
     if implementation == "ragged_dot":
         return ragged.Ragged()
+    if implementation == "pallas":
+        blocks_lib.device(device_kind)
+        return pallas.Pallas(device_kind, blocks)
     raise ValueError(
         f"grouped matmul implementation {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}"
     )
