@@ -245,6 +245,10 @@ def _parse_operand(text: str) -> Operand:
     terms = _TERM.findall(text.removeprefix("[smem:").split("]")[0])
     if not terms or not (is_address or text.split()[0] == terms[0][2]):
         return Operand(is_known=False)
+    if not is_address:
+        return Operand(
+            int(terms[0][2], 0)
+        )  # what follows says where the sum that it is part of points to
     numbers = sum(int(number, 0) for _, _, number in terms if number)
     registers = tuple(register for _, register, _ in terms if register)
     allocations = [allocation for allocation, _, _ in terms if allocation]

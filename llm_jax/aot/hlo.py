@@ -170,6 +170,17 @@ class Module:
                     constants[index] = found
         return constants
 
+    def result_of(self, computation: str, name: str) -> tuple[str, int]:
+        """Returns which operation's which result `name` is, behind what passes it on unchanged."""
+        operation, index = self.by_name[computation][name], 0
+        while operation.opcode in (*_PASSING, "get-tuple-element") and operation.operands:
+            if operation.opcode == "broadcast":
+                break
+            if operation.opcode == "get-tuple-element":
+                index = int(re.search(r"index=(\d+)", operation.attributes)[1])
+            operation = self.by_name[computation][operation.operands[0]]
+        return operation.name, index
+
     def _constant(self, computation: str, name: str, index: int | None = None) -> Operation | None:
         """Returns the constant that `name`, or its tuple's element `index`, is a copy of."""
         operation = self.by_name[computation].get(name)

@@ -40,6 +40,7 @@ class Execution:
       slots: vector instructions issued, by `bundles.Unit`.
       matmul_rows: of bfloat16 operands that went into matrix units.
       guesses: what had to be decided by values that are not known, each said once.
+      written: 32-bit words that scalar code computed and copied to operands, by their index.
     """
 
     cycles: float
@@ -49,6 +50,7 @@ class Execution:
     slots: tuple[int, ...]
     matmul_rows: int
     guesses: tuple[str, ...]
+    written: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
 def execute(
@@ -102,6 +104,7 @@ class _Machine:
         self._local_latency = LOCAL_LATENCY * chip.clock_hz
         self._stall_cycles = 0.0
         self._bytes_read = self._bytes_written = 0
+        self._written: dict[int, dict[int, int]] = {}  # by operand and place
 
     def run(self, program: Sequence[bundles_lib.Bundle], max_traces: int) -> Execution:
         for opcode in sorted(self._translator.held_up):
@@ -129,6 +132,11 @@ class _Machine:
             slots,
             matmul_rows,
             tuple(self._guesses),
+            {
+                index: [words.get(place, 0) for place in range(max(words) + 1)]
+                for index, words in self._written.items()
+                if not any(type(word) is translate.Unknown for word in words.values())
+            },
         )
 
     def _counts(self, program) -> tuple[tuple[int, ...], int]:
@@ -217,6 +225,8 @@ class _Machine:
         self._bytes_written += num_bytes * (target == "hbm")
         if target == "smem":
             self._fill_smem(start, end, num_bytes // _WORD)
+        elif source == "smem":
+            self._keep_written(start, end, num_bytes // _WORD)
         elif "unknown" in (source, target):
             self._guess(f"a DMA from {source} to {target}")
         self._flags.setdefault(flag, []).append((done, size))
@@ -231,6 +241,15 @@ class _Machine:
                 self.smem[end + place] = translate.Unknown(0, origin)
             else:
                 self.smem[end + place] = words[where] & translate.MASK
+
+    def _keep_written(self, start: int, end: int, num_words: int) -> None:
+        index, offset = translate.operand_at(end)
+        if index < 0:
+            return
+        words = self._written.setdefault(index, {})
+        for place in range(num_words):
+            if start + place in self.smem:  # the end of the last granule is nobody's
+                words[offset * _WORDS_PER_ADDRESS + place] = self.smem[start + place]
 
     def wait(self, now: float, flag: int, size: int) -> float:
         """Waits until `size` granules have arrived under a flag; returns for how long."""

@@ -1,6 +1,7 @@
 """The time of a whole compiled program: its schedule, replayed with the time of each operation."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 import re
@@ -104,6 +105,8 @@ class Replay:
         self._originals = _read_originals(dump)
         self._known: dict[str, kernel_cost.KernelCost] = {}
         self._executions: dict[str, int] = {}
+        # What scalar code of an operation wrote into its results, by operation and result.
+        self._written: dict[tuple[str, int], Sequence[int]] = {}
         self._collectives: dict[tuple[str, tuple[str, ...]], kernel_cost.CollectiveCost] = {}
         self.not_modelled: set[str] = set()
 
@@ -239,10 +242,15 @@ class Replay:
             value = scope.value(name)
             if isinstance(value, int):
                 operands.setdefault(index, [value])
+            words = self._written.get(self._module.result_of(computation, name))
+            if words is not None:
+                operands.setdefault(index, words)
         try:
             cores = machine.execute(bundles.parse(path), self._chip, operands)
         except (bundles.FormatError, machine.TooLongError) as error:
             return self._estimate(operation, (f"not executed: {error}",))
+        for index, words in cores[0].written.items():
+            self._written[operation.name, index - len(operation.operands)] = words
         return cost_of(operation, cores, self._chip)
 
     def _estimate(

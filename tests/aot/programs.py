@@ -107,6 +107,17 @@ def lower_gather(devices, *, pages, is_known):
     return jax.jit(kernel).lower(topology.array((len(pages),), jnp.int32, devices[0]), x_MN)
 
 
+def lower_ragged_dot(devices, *, sizes):
+    """XLA's product of grouped rows: one kernel makes the tables of another."""
+    x_RD = topology.array((2048, 512), jnp.bfloat16, devices[0])
+    w_EDF = topology.array((len(sizes), 512, 512), jnp.bfloat16, devices[0])
+
+    def multiply(x_RD, w_EDF):
+        return jax.lax.ragged_dot(x_RD, w_EDF, jnp.array(sizes, jnp.int32))
+
+    return jax.jit(multiply).lower(x_RD, w_EDF)
+
+
 def lower_endless(devices):
     """Takes longer than anyone waits."""
     time.sleep(1e6)

@@ -60,6 +60,16 @@ def test_predicates_targets_and_addresses(tmp_path):
     assert "core id" in load.comment
 
 
+def test_what_a_sum_points_into_is_no_part_of_it(tmp_path):
+    (bundle,) = assembly.program(
+        tmp_path,
+        ["%s3_s1 = scalar_lea.smem %s2_s0, 1 [#allocation5]  ;;  %s4_s2 = smov [#allocation6]"],
+    )
+    address, base = bundle.scalars
+    assert address.operands == (bundles.Operand(registers=("s2_s0",)), bundles.Operand(1))
+    assert base.operands == (bundles.Operand(allocation="allocation6"),)
+
+
 def test_a_missing_bundle_is_an_error(tmp_path):
     path = tmp_path / "program.txt"
     path.write_text("     0   :  { }\n   0x2   :  { }\n")

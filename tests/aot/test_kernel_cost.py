@@ -25,6 +25,8 @@ SMALL = {
     "twice": _case("lower_pallas_matmul", size=1024, rows=16384, block=[512, 512], depth=512),
     "known": _case("lower_gather", pages=PAGES, is_known=True),
     "unknown": _case("lower_gather", pages=PAGES, is_known=False),
+    "few rows": _case("lower_ragged_dot", sizes=[300, 0, 212, 0]),
+    "all rows": _case("lower_ragged_dot", sizes=[300, 400, 812, 536]),
     "misshapen": _case("lower_misshapen"),
     "too large": _case("lower_pallas_matmul", size=4096, block=[4096, 2048], depth=512),
     "loop": _case("lower_matmuls", size=1024, turns=5),
@@ -63,6 +65,15 @@ def test_tables_decide_what_is_fetched_and_unknown_ones_are_said(small):
     assert known.hbm_bytes_read == 5 * 256 * 256 * 4 + 512  # and the table
     assert not unknown.is_exact and not small["unknown"].is_exact
     assert all("operand 0" in guess for guess in unknown.guesses)
+
+
+@pytest.mark.slow
+def test_tables_that_one_kernel_makes_for_another_are_known(small):
+    few, all_rows = small["few rows"], small["all rows"]
+    assert few.is_exact and all_rows.is_exact and len(few.kernels) == 2
+    # Tiles of 128 rows, and one more for each group that begins within one.
+    shares = [result.mxu * result.seconds for result in (few, all_rows)]
+    assert shares[1] / shares[0] == pytest.approx((16 + 3) / (4 + 1), rel=0.03)
 
 
 @pytest.mark.slow

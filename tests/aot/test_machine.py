@@ -196,6 +196,30 @@ def test_tables_are_read_where_they_are_known(run):
     assert unknown.guesses == ("a condition of sbr.rel, by operand 3",)
 
 
+def test_what_scalar_code_writes_is_told(run):
+    lines = [
+        "%s10_s1 = inlined_call_operand.vmem [shape: s32[3], index: 2, kind: output]",
+        "%s11_s2 = sshll.u32 %s10_s1, 4",
+        "%s12_s3 = int_to_ptr.vmem [resolvable:$true] %s11_s2",
+        "%s13_s4 = smov 1",
+        "%s14_s5 = scalar_lea.smem [#allocation2], %s13_s4",
+        "%s15_s6 = scalar_lea.smem %s14_s5, 1 [#allocation2]",
+        "%4 = sst [smem:[#allocation2]] 7",
+        "%5 = sst [smem:[%s14_s5]] 8",
+        "%6 = sst [smem:[%s15_s6]] 9",
+        "%7 = dma.smem_to_vmem [#allocation2], 16, %s12_s3, [#allocation1]",
+        "%8 = dma.done.wait [#allocation1], 16",
+    ]
+    done = run(lines)
+    assert done.written == {2: [7, 8, 9]} and not done.guesses
+    unknown = [
+        *lines[:8],
+        "%s16_s7 = sld [smem:[#allocation3]]",
+        "%6 = sst [smem:[%s15_s6]] %s16_s7",
+    ]
+    assert run([*unknown, *lines[9:]]).written == {}
+
+
 def test_what_nobody_knows_and_nothing_depends_on_is_no_guess(run):
     lines = [
         "%s10_s1 = sld [smem:[#allocation2]]",
