@@ -7,10 +7,13 @@ import re
 import hypothesis
 from hypothesis import strategies as st
 import jax
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.aot import kernel_cost
+from llm_jax.aot import topology
 from llm_jax.kernels import placement
 from llm_jax.kernels.grouped_matmul import blocks
 from llm_jax.kernels.grouped_matmul import op
@@ -127,6 +130,56 @@ def test_a_row_that_is_no_number_is_so_for_its_own_group_alone(implementation):
     assert np.isfinite(dw_EDF).all((1, 2)).tolist() == [True, True, False, True, False, True]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_copies_do_not_race(dtype):
+    """With a simulated device whose memory starts as NaN and whose copies end as late as they may."""
+    strict = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", dma_execution_mode="on_wait"
+    )
+    arrays = _arrays((70, 0, 30, 1, 60, 20), dtype, shape=(250, D, F))
+    with pltpu.force_tpu_interpret_mode(strict):
+        _assert_close(_run("pallas", *arrays), _oracle(*arrays), dtype)
+
+
+def test_more_rows_than_there_are_are_not_read():
+    """Sizes are data: what they add up to cannot be refused, and must not lead out of the arrays."""
+    arrays = _arrays((20, 20, 10))
+    too_many = (*arrays[:2], jnp.asarray((20, 20, 500), jnp.int32), arrays[3])
+    _assert_close(_run("pallas", *too_many), _oracle(*arrays), "float32")
+
+
+@pytest.mark.parametrize("device_kind", ["cpu", "TPU v5 lite", "TPU v5", "TPU v6 lite"])
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 2), ("float32", 4)])
+@pytest.mark.parametrize("depth, width", [(2048, 1024), (1408, 2048), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("num_rows", [128, 1280, 32768])
+def test_sizes_fit_in_vmem(device_kind, dtype, size, depth, width, num_rows):
+    chip, how = blocks.device(device_kind), (device_kind, num_rows, depth, width, dtype)
+    for is_transposed in (False, True):
+        one = blocks.for_product(*how, is_transposed=is_transposed)
+        rows, matrices = one.ring * (depth + one.columns), one.slots * depth * one.columns
+        sums = 4 * one.piece * one.tile
+        assert size * (rows + matrices) + sums <= chip.vmem_limit
+    one = blocks.for_gradient(*how)
+    assert size * (one.ring + one.piece) * (one.depth + one.columns) <= chip.vmem_limit
+    matrices = (4 + size * one.slots) * one.depth * one.columns
+    assert size * one.ring * (one.depth + one.columns) + matrices <= chip.vmem_limit
+    assert num_rows % one.chunk == 0
+    passes = -(-depth // one.depth) * -(-width // one.columns)
+    assert passes % chip.cores == 0
+
+
+def test_sizes_of_unknown_devices_and_too_wide_rows_are_refused():
+    with pytest.raises(ValueError, match="no sizes for 'TPU7x', only for cpu, TPU v5 lite"):
+        blocks.device("TPU7x")
+    with pytest.raises(ValueError, match="rows of width 1048576 on 'TPU v5'; use 'ragged_dot'"):
+        blocks.for_product("TPU v5", 8192, 1 << 20, 128, "bfloat16", is_transposed=False)
+    with pytest.raises(ValueError, match="tile must divide columns"):
+        blocks.Blocks(ring=64, chunk=32, piece=32, rest=16, columns=64, tile=48)
+    with pytest.raises(ValueError, match="rest must be chunk at most"):
+        blocks.Blocks(ring=64, chunk=32, piece=64, rest=64, columns=64, tile=64)
+
+
 # --- devices ----------------------------------------------------------------------------------
 
 
@@ -214,3 +267,33 @@ def test_auto_goes_by_the_device(device_kind, wanted, caplog, monkeypatch):
             jax.eval_shape(lambda *arrays: op.grouped_matmul(*arrays), x_RD, w_EDF, sizes_E)
     message = f"grouped matmul of [50, 24] by [3, 24, 40]: {wanted}"
     assert [record.message for record in caplog.records] == [message]
+
+
+# --- TPUs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not topology.is_available(), reason="libtpu is optional")
+@pytest.mark.parametrize("slice_name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpus(slice_name):
+    """Inside of a checked `shard_map`, in shapes that are multiples of blocks and others."""
+    shapes = [(4096, 512, 384, 8), (1000, 200, 300, 5)]
+    cases = [
+        kernel_cost.Case(
+            "tests.kernels.grouped_matmul_programs:lower_gradients",
+            slice_name,
+            {"shape": shape, "dtype": dtype, "implementation": implementation},
+            is_executed=False,
+        )
+        for shape in shapes
+        for dtype, implementation in (
+            ("bfloat16", "auto"),
+            ("float32", "pallas"),
+            ("bfloat16", "ragged_dot"),
+        )
+    ]
+    for case, result in zip(cases, kernel_cost.costs(cases), strict=True):
+        assert isinstance(result, kernel_cost.ProgramCost), result
+        names = sorted(kernel.name.rstrip(".0123456789") for kernel in result.kernels)
+        ours = ["grouped_matmul_gradient", "grouped_matmul_product", "grouped_matmul_product"]
+        assert (names == ours) == (case.arguments["implementation"] != "ragged_dot"), names

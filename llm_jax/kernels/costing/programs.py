@@ -21,6 +21,8 @@ from llm_jax.kernels.decode_attention import pallas as decode_pallas
 from llm_jax.kernels.flash_attention import blocks as blocks_lib
 from llm_jax.kernels.flash_attention import masks
 from llm_jax.kernels.flash_attention import pallas
+from llm_jax.kernels.grouped_matmul import pallas as grouped_pallas
+from llm_jax.kernels.grouped_matmul import visits
 
 
 def attention(
@@ -170,6 +172,33 @@ def cross_entropy(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.L
     structs = [jax.ShapeDtypeStruct(*one, sharding=placed) for one in arrays.values()]
     with jax.set_mesh(mesh):
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*structs)
+
+
+def grouped_matmul(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
+    """Lowers `grouped_matmul.pallas` for one device; `shape` has `shapes.GroupedMatmul`'s fields.
+
+    Sizes of groups are constants of the program, so that the cost model knows what is visited.
+    """
+    case, device = shapes.GroupedMatmul(**shape), devices[0]
+    local, sizes_E = grouped_pallas.Pallas(device.device_kind), case.sizes()
+
+    def run(a, b):
+        if case.of == "matrices":
+            return local.weight_gradient(a, b, sizes_E)
+        return local.product(a, b, sizes_E, is_transposed=case.of == "rows")
+
+    return jax.jit(run).lower(*(topology.array(x, "bfloat16", device) for x in case.operands()))
+
+
+def grouped_matmul_tables(devices: Sequence[jax.Device], *, shape: dict) -> jax.stages.Lowered:
+    """Lowers what makes the tables of `grouped_matmul.pallas` from sizes that are data."""
+    case, device = shapes.GroupedMatmul(**shape), devices[0]
+
+    def run(sizes_E):
+        of_all_groups = case.of == "matrices"
+        return visits.make(sizes_E, case.rows, 2048, of_all_groups=of_all_groups).tables
+
+    return jax.jit(run).lower(topology.array((case.groups,), "int32", device))
 
 
 def target(name: str) -> str:

@@ -196,3 +196,49 @@ class CrossEntropy:
     def flops(self) -> int:
         """Of three products: logits and two gradients."""
         return 6 * self.tokens * self.ids * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedMatmul:
+    """Rows of groups times the groups' matrices, or a gradient of that; bfloat16.
+
+    Attributes:
+      rows, depth, width, groups: R, D, F, E.
+      load: "balanced", where groups have as many rows each, or "ragged", where some have many times as
+        many as others.
+      of: "product", or whose gradient: "rows", "matrices".
+    """
+
+    rows: int
+    depth: int
+    width: int
+    groups: int
+    load: str
+    of: str
+
+    def sizes(self) -> np.ndarray:
+        """Returns the rows of each group, int32 [groups]; the sum is `rows`."""
+        if self.load not in ("balanced", "ragged"):
+            raise ValueError(f"load {self.load!r} is none of balanced, ragged")
+        shares = np.full(self.groups, 1.0)
+        if self.load == "ragged":
+            shares = np.random.default_rng(0).gamma(2.0, size=self.groups)
+        ends = np.round(np.cumsum(shares) / shares.sum() * self.rows).astype(np.int32)
+        return np.diff(ends, prepend=np.int32(0))
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.depth * self.width
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of both operands and the result, each once; of groups without rows nothing is read."""
+        matrices = self.groups if self.of == "matrices" else np.count_nonzero(self.sizes())
+        rows = self.rows * (self.depth + self.width)
+        return 2 * (rows + int(matrices) * self.depth * self.width)
+
+    def operands(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of both: rows and matrices, the result's gradient and them, or both rows."""
+        x_RD, y_RF = (self.rows, self.depth), (self.rows, self.width)
+        w_EDF = (self.groups, self.depth, self.width)
+        return {"product": (x_RD, w_EDF), "rows": (y_RF, w_EDF), "matrices": (x_RD, y_RF)}[self.of]

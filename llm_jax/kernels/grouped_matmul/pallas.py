@@ -7,7 +7,9 @@ from jax._src import config as jax_config
 import jax.numpy as jnp
 
 from llm_jax.kernels.grouped_matmul import blocks as blocks_lib
-from llm_jax.kernels.grouped_matmul import kernels
+from llm_jax.kernels.grouped_matmul import gradient
+from llm_jax.kernels.grouped_matmul import product
+from llm_jax.kernels.grouped_matmul import stream
 from llm_jax.kernels.grouped_matmul import visits as visits_lib
 
 _LANES = 128
@@ -37,7 +39,7 @@ class Pallas:
 
         def run(x_RD, w_EDF, sizes_E):
             visits = visits_lib.make(sizes_E, R, blocks.ring, of_all_groups=False)
-            return kernels.product(x_RD, w_EDF, visits, static=static, **self._how())
+            return product.product(x_RD, w_EDF, visits, static=static, **self._how())
 
         y_RF = self._run(run, *padded, sizes_E)
         return y_RF[: x_RD.shape[0], :width]
@@ -52,14 +54,14 @@ class Pallas:
 
         def run(x_RD, dy_RF, sizes_E):
             visits = visits_lib.make(sizes_E, R, blocks.ring, of_all_groups=True)
-            return kernels.weight_gradient(x_RD, dy_RF, visits, E, static=static, **self._how())
+            return gradient.weight_gradient(x_RD, dy_RF, visits, E, static=static, **self._how())
 
         dw_EDF = self._run(run, *padded, sizes_E)
         return dw_EDF[:, : x_RD.shape[1], : dy_RF.shape[1]]
 
-    def _static(self, blocks, passes: int, is_transposed: bool = False) -> kernels.Static:
+    def _static(self, blocks, passes: int, is_transposed: bool = False) -> stream.Static:
         cores = blocks_lib.device(self.device_kind).cores
-        return kernels.Static(blocks, -(-passes // cores), cores, is_transposed)
+        return stream.Static(blocks, -(-passes // cores), cores, is_transposed)
 
     def _how(self) -> dict:
         vmem_limit = blocks_lib.device(self.device_kind).vmem_limit

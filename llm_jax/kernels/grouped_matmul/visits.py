@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -38,11 +39,19 @@ def make(sizes_E: jax.Array, num_rows: int, rows: int, *, of_all_groups: bool) -
     """Returns the visits of rows in groups.
 
     Args:
-      sizes_E: int32, rows of each group.
+      sizes_E: int32, rows of each group. Those of numpy give tables that are constants of the program.
       num_rows: R.
       rows: of a lap.
       of_all_groups: a group without rows has a visit too, of none.
     """
+    if isinstance(sizes_E, np.ndarray):
+        with jax.ensure_compile_time_eval():
+            visits = _make(jnp.asarray(sizes_E), num_rows, rows, of_all_groups)
+            return jax.tree.map(np.asarray, visits)
+    return _make(sizes_E, num_rows, rows, of_all_groups)
+
+
+def _make(sizes_E: jax.Array, num_rows: int, rows: int, of_all_groups: bool) -> Visits:
     E, num_laps = sizes_E.shape[0], -(-num_rows // rows)
     # Sums over pairs of groups, and below over visits and groups: one fused operation each, where
     # cumulative sums and gathers are several, slower than these are long.
@@ -51,8 +60,10 @@ def make(sizes_E: jax.Array, num_rows: int, rows: int, *, of_all_groups: bool) -
     def summed(counts_E):
         return jnp.sum(jnp.where(is_before_EE, counts_E[:, None], 0), axis=0)
 
-    ends_E = summed(sizes_E)
-    starts_E = ends_E - sizes_E
+    # More rows than there are would be read from memory that is not the array's.
+    ends_E = jnp.minimum(summed(sizes_E), num_rows)
+    starts_E = jnp.minimum(ends_E, summed(sizes_E) - sizes_E)
+    sizes_E = ends_E - starts_E
     laps_E = jnp.minimum(starts_E // rows, num_laps - 1)
     visits_E = (ends_E - 1) // rows - laps_E + 1
     visits_E = jnp.where(sizes_E > 0, visits_E, int(of_all_groups))
