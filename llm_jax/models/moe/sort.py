@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from llm_jax import sharding
 from llm_jax.kernels import placement
+from llm_jax.kernels.grouped_matmul import op as grouped
 from llm_jax.models.moe import dispatch
 from llm_jax.models.moe import exchange
 from llm_jax.models.moe import routing
@@ -128,12 +129,8 @@ def _run(
     """Returns what experts make of rows that are sorted by them."""
     up_EDF, gate_EDF, out_EFD = weights
     experts = dispatch.Experts(up_EDF, gate_EDF, out_EFD, activation)
-    h_RF = experts.inner(lambda weight_EDF: _product(rows_RD, weight_EDF, sizes_E))
-    return _product(h_RF, out_EFD, sizes_E)
-
-
-def _product(rows_RD: jax.Array, weight_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(rows_RD, weight_EDF, sizes_E)
+    h_RF = experts.inner(lambda weight_EDF: grouped.grouped_matmul(rows_RD, weight_EDF, sizes_E))
+    return grouped.grouped_matmul(h_RF, out_EFD, sizes_E)
 
 
 def _varying(x: jax.Array, known: tuple[str, ...], axes: tuple[str, ...]) -> jax.Array:
