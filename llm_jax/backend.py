@@ -34,6 +34,11 @@ def _jaxlib_version() -> tuple[int, ...]:
     return tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
 
 
+def has_library_flags() -> bool:
+    """Returns whether this XLA lets one say what library multiplies matrices on a CPU."""
+    return _jaxlib_version() >= _FIRST_ONEDNN_JAXLIB
+
+
 def _has_amx() -> bool:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     return cpuinfo.is_file() and " amx_bf16" in cpuinfo.read_text()
@@ -49,7 +54,7 @@ def set_flags() -> None:
     Flags that the user has set stay as they are. On a machine with an accelerator they do no harm:
     they concern the CPU backend alone.
     """
-    if _jaxlib_version() < _FIRST_ONEDNN_JAXLIB:
+    if not has_library_flags():
         return
     given = os.environ.get("XLA_FLAGS", "")
     missing = [f"{name}={value}" for name, value in _ONEDNN_FLAGS.items() if name not in given]

@@ -26,6 +26,7 @@ DIMS = {
     "J": "token types",
     "L": "layers",
     "Q": "beams of a row",
+    "O": "beams of a row whose slots others read (origins)",
     "A": "candidates for the beams of a row",
     "N": "tokens (B * T)",
     "E": "experts",

@@ -21,6 +21,7 @@ import pytest  # noqa: E402
 from llm_jax import command  # noqa: E402
 from llm_jax import config as config_lib  # noqa: E402
 from llm_jax import mesh as mesh_lib  # noqa: E402
+from llm_jax.kernels import few_rows  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,6 +40,12 @@ def one_device():
     mesh = mesh_lib.make(config_lib.MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture
+def float32_of_few_rows(monkeypatch):
+    """Lets float32 go the way of bfloat16 products of few rows, where rounding hides no mistake."""
+    monkeypatch.setattr(few_rows, "_DTYPES", ("bfloat16", "float32"))
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ class Attention(nnx.Module):
         first = dims.index("K")
         shape = *x.shape[:first], -1, *x.shape[first + 2 :]
         spec_of = self.rules.param if is_param else self.rules.act
-        return jnp.reshape(x, shape, out_sharding=spec_of(dims.replace("KG", "H")))
+        return x.reshape(shape, out_sharding=spec_of(dims.replace("KG", "H")))
 
     def _by_groups(self, q: jax.Array) -> jax.Array:
         """Returns queries [B, T, K, G, C] of heads as `_heads` has them."""

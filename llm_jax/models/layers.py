@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from llm_jax import config as config_lib
 from llm_jax import dims
 from llm_jax import sharding
+from llm_jax.kernels import few_rows
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 
 
@@ -42,7 +43,7 @@ def bias_param(
 def project(
     equation: str,
     x: jax.Array,
-    weight: nnx.Param | jax.Array,
+    weight: nnx.Param | jax.Array | few_rows.OutputsFirst,
     bias: nnx.Param | jax.Array | None,
     out_sharding: PartitionSpec,
 ) -> jax.Array:
@@ -50,7 +51,11 @@ def project(
 
     The weight is cast before it is gathered, so that a sharded one travels in the smaller dtype.
     """
-    y = jnp.einsum(equation, x, weight[...].astype(x.dtype), out_sharding=out_sharding)
+    weight = weight[...]
+    if isinstance(weight, few_rows.OutputsFirst):
+        y = jax.sharding.reshard(few_rows.multiply(equation, x, weight), out_sharding)
+    else:
+        y = jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=out_sharding)
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

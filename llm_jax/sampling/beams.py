@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax import errors
+from llm_jax.kernels import few_rows
+from llm_jax.kernels.decode_attention import caches
 from llm_jax.models import stack
 from llm_jax.sampling import cache as cache_lib
 from llm_jax.sampling import decode
@@ -231,6 +233,7 @@ class _Search:
       sources_BQ: of which of its row's beams a beam's part of the cache is.
       num_shared: int32 scalar, generated tokens that have been the same in all beams of each row.
       cache: keys and values, [B * Q, ...].
+      origins_BQS: which beam of its row holds a slot; None where slots are moved to their beams.
       is_seen_BQV: ids that beams hold; None without a repetition penalty.
     """
 
@@ -238,6 +241,7 @@ class _Search:
     sources_BQ: jax.Array
     num_shared: jax.Array
     cache: stack.Cache
+    origins_BQS: jax.Array | None
     is_seen_BQV: jax.Array | None
 
 
@@ -285,8 +289,8 @@ def search(
     )
 
 
-@functools.partial(
-    jax.jit,
+@few_rows.jit(
+    decode.is_of_few_rows,
     static_argnames=(
         *("num_beams", "eos_id", "pad_id", "num_tokens", "num_ids", "repetition_penalty"),
     ),
@@ -327,20 +331,40 @@ def _search(
 
     def step(state: _Search) -> _Search:
         slot = T + state.beams.num_generated - 1  # of the newest tokens
-        first = T + state.num_shared
-        cache = cache_lib.reordered(state.cache, state.sources_BQ, first, slot)
+        state = _at_their_beams(state, T + state.num_shared, slot)
+        cache = state.cache
+        if state.origins_BQS is not None:
+            cache = [caches.OfBeams(own, state.origins_BQS) for own in cache]
         last_R1 = cache_lib.joined(state.beams.last_BQ[..., None])
         starts_R = cache_lib.repeated(starts_B, Q)
         logits_RV, cache = decode.next_logits(model, last_R1, starts_R, slot, cache, encoded)
+        if state.origins_BQS is not None:
+            cache = [of_beams.own for of_beams in cache]
         state = dataclasses.replace(state, cache=cache)
         return advanced(state, cache_lib.by_row(logits_RV, B))
 
     beams = start(starts_B, Q, num_tokens, pad_id)
     cache = cache_lib.repeated(cache, Q)
-    state = _Search(beams, beams.finished.lengths_BQ, beams.num_generated, cache, is_seen_BQV)
+    nowhere_BQ = jnp.zeros_like(beams.finished.lengths_BQ)
+    origins_BQS = None
+    if cache_lib.reads_beams(cache):
+        origins_BQS = cache_lib.own_origins(nowhere_BQ, cache[0].num_slots)
+    state = _Search(beams, nowhere_BQ, beams.num_generated, cache, origins_BQS, is_seen_BQV)
     # What follows a prompt is the same for all of its beams.
     state = advanced(state, jnp.broadcast_to(logits_BV[:, None], (B, Q, V)))
     return jax.lax.while_loop(lambda state: state.beams.is_going, step, state).beams.finished
+
+
+def _at_their_beams(state: _Search, first: jax.Array, slot: jax.Array) -> _Search:
+    """Returns the search with each beam's text in its slots before `slot`, which it writes next.
+
+    What lies before slot `first` is the same in all beams of a row.
+    """
+    if state.origins_BQS is None:
+        cache = cache_lib.reordered(state.cache, state.sources_BQ, first, slot)
+        return dataclasses.replace(state, cache=cache)
+    origins_BQS = cache_lib.followed(state.origins_BQS, state.sources_BQ, slot)
+    return dataclasses.replace(state, origins_BQS=origins_BQS)
 
 
 def _advanced(
@@ -367,7 +391,13 @@ def _advanced(
     if is_seen_BQV is not None:
         is_seen_BQV = cache_lib.of_row(is_seen_BQV, sources_BQ)
         is_seen_BQV |= beams.last_BQ[..., None] == ids_V
-    return _Search(beams, sources_BQ, _num_shared(state.beams), state.cache, is_seen_BQV)
+    return dataclasses.replace(
+        state,
+        beams=beams,
+        sources_BQ=sources_BQ,
+        num_shared=_num_shared(state.beams),
+        is_seen_BQV=is_seen_BQV,
+    )
 
 
 def _num_shared(beams: Beams) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import sharding
+from llm_jax.kernels import few_rows
 from llm_jax.kernels import placement
 from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import op as decode_op
@@ -157,6 +158,26 @@ def reordered(
         return jax.tree_util.tree_map_with_path(moved, cache)
 
     return jax.lax.fori_loop(first // size, num_blocks, move, cache)
+
+
+def reads_beams(cache: stack.Cache) -> bool:
+    """Returns whether attention can read a cache `OfBeams`, of which nothing need be moved."""
+    return all(
+        isinstance(own, caches.SlotsLast) and few_rows.are_fast(own.k_BKCS.dtype) for own in cache
+    )
+
+
+def own_origins(sources_BQ: jax.Array, num_slots: int) -> jax.Array:
+    """Returns the origins of beams that hold all of their slots themselves, [B, Q, S]."""
+    own_BQ = jnp.zeros_like(sources_BQ) + jnp.arange(sources_BQ.shape[1])
+    return jnp.broadcast_to(own_BQ[..., None], (*own_BQ.shape, num_slots))
+
+
+def followed(origins_BQS: jax.Array, sources_BQ: jax.Array, slot: jax.Array) -> jax.Array:
+    """Returns the origins of beams that continue others and write `slot` themselves."""
+    own_BQS = own_origins(sources_BQ, origins_BQS.shape[2])
+    is_new_S = jnp.arange(origins_BQS.shape[2]) == slot
+    return jnp.where(is_new_S, own_BQS, of_row(origins_BQS, sources_BQ))
 
 
 def taken(rows: jax.Array, sources_BQ: jax.Array) -> jax.Array:

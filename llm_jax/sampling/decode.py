@@ -1,14 +1,16 @@
 """Prefill and decode: two jitted programs around one donated cache; before them, the encoder if any."""
 
 import dataclasses
-import functools
+from typing import Any
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import dims
 from llm_jax import sharding
+from llm_jax.kernels import few_rows
 from llm_jax.models import decoder
 from llm_jax.models import encoder_decoder
 from llm_jax.models import stack
@@ -52,7 +54,13 @@ def trunk_of(model: decoder.Decoder | encoder_decoder.EncoderDecoder) -> trunk.T
 def prepare_model(model: decoder.Decoder | encoder_decoder.EncoderDecoder) -> CachedModel:
     """Returns the model as generation wants it: cast and taken apart once instead of every token."""
     model = _cast(model)
-    return CachedModel(_without_layers(model), trunk_of(model).stack.unstacked())
+    blocks = trunk_of(model).stack.unstacked()
+    model = _without_layers(model)
+    if few_rows.are_fast(model.config.dtype):
+        for index, block in enumerate(blocks):
+            blocks[index] = _outputs_first(block)
+        model = _with_head_for_few_rows(model)
+    return CachedModel(model, blocks)
 
 
 @jax.jit
@@ -66,6 +74,32 @@ def _cast(
         return leaf if is_exact else leaf.astype(model.config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, model)
+
+
+@jax.jit
+def _outputs_first(block: stack.Block) -> stack.Block:
+    """Returns the block with matrices that `layers.project` takes turned for products of few rows."""
+
+    def turned(path, leaf):
+        letters = dims.of_path(path)
+        if len(letters) < 2 or "E" in letters or "D" not in (letters[0], letters[-1]):
+            return leaf
+        return few_rows.outputs_first(leaf, 1 if letters[0] == "D" else len(letters) - 1)
+
+    return jax.tree_util.tree_map_with_path(turned, block)
+
+
+def _with_head_for_few_rows(
+    model: decoder.Decoder | encoder_decoder.EncoderDecoder,
+) -> decoder.Decoder | encoder_decoder.EncoderDecoder:
+    letters, head = model.head()
+    if letters == "DV":
+        turned = jax.jit(few_rows.outputs_first, static_argnums=1)(head[...], 1)
+    else:
+        # A tied table lies as wanted already.
+        turned = few_rows.OutputsFirst(head[...], head.shape[::-1])
+    model.head_DV = nnx.data(nnx.Param(turned))
+    return model
 
 
 @jax.jit
@@ -175,6 +209,12 @@ def seen(tokens_BT: jax.Array, starts_B: jax.Array, vocab_size: int) -> jax.Arra
     return jax.vmap(lambda ids: jnp.any(ids[:, None] == jnp.arange(vocab_size), 0))(ids_BT)
 
 
+def is_of_few_rows(model: CachedModel, *args: Any, **kwargs: Any) -> bool:
+    """Returns whether a program of the model is one of `few_rows`."""
+    del args, kwargs
+    return few_rows.are_fast(model.config.dtype)
+
+
 def _choose(
     logits_BV: jax.Array,
     state: DecodeState,
@@ -202,7 +242,9 @@ def _choose(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("params", "eos_id", "pad_id", "num_ids", "num_slots"))
+@few_rows.jit(
+    is_of_few_rows, static_argnames=("params", "eos_id", "pad_id", "num_ids", "num_slots")
+)
 def prefill(
     model: CachedModel,
     tokens_BT: jax.Array,
@@ -248,8 +290,8 @@ def prefill(
     return _choose(logits_BV, state, params, eos_id, pad_id, num_ids)
 
 
-@functools.partial(
-    jax.jit,
+@few_rows.jit(
+    is_of_few_rows,
     static_argnames=("params", "eos_id", "pad_id", "num_ids", "num_tokens"),
     donate_argnames=("state",),
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import op
 from llm_jax.kernels.flash_attention import biases
 from tests import helpers
@@ -48,6 +49,7 @@ CASES = {
 }
 PAIRS = [
     ("slots_last", "single_query"),
+    ("slots_last", "few_queries"),
     ("slots_last", "reference"),
     ("contiguous", "reference"),
     ("int8_paged", "reference"),
@@ -103,6 +105,50 @@ def test_every_implementation_equals_the_oracle(name, layout, implementation):
 def test_bfloat16(layout, implementation):
     case = decode_cases.make_case(lengths=[12, 7], sinks=True)
     _assert_oracle(case, layout, implementation, "bfloat16")
+
+
+def _of_beams(case, num_beams, seed=0):
+    """Returns a cache of the case's rows as beams, which read slots of any of their row's beams."""
+    zeros_B = np.zeros_like(case.lengths_B)
+    whole = dataclasses.replace(case, starts_B=zeros_B, lengths_B=zeros_B + 12)
+    own = decode_cases.make_cache(whole, "slots_last")
+    shape = (len(case.lengths_B) // num_beams, num_beams, case.k_BSKC.shape[1])
+    origins_BQS = np.random.default_rng(seed).integers(0, num_beams, shape)
+    return caches.OfBeams(own, jnp.asarray(origins_BQS, jnp.int32))
+
+
+@pytest.mark.parametrize("name", ["ragged", "table_of_one_query", "alibi", "everything"])
+def test_beams_read_slots_where_they_are(name):
+    changes = CASES[name] | {"B": 6, "T": 1, "lengths": [12, 7, 9, 5, 12, 12]}
+    case = decode_cases.make_case(**changes | {"starts": [0, 2, 0, 1, 0, 0]})
+    cache = _of_beams(case, num_beams=3)
+    # A beam's slots, brought together.
+    rows_BQS = np.arange(2)[:, None, None] * 3 + np.asarray(cache.origins_BQS)
+    rows_BS, slots_S = rows_BQS.reshape(6, -1), np.arange(12)
+    moved = {name: getattr(case, name)[rows_BS, slots_S] for name in ("k_BSKC", "v_BSKC")}
+    wanted = decode_oracle.attention(dataclasses.replace(case, **moved))
+    how = {name: getattr(case, name) for name in ("scale", "window", "softcap", "is_causal")}
+    arrays = decode_cases.arguments(case)
+    actual = op.attention(jnp.asarray(case.q_BTKGC, jnp.float32), cache, **arrays, **how)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_beam_writes_its_own_slot():
+    case = decode_cases.make_case(B=6)
+    cache = _of_beams(case, num_beams=3)
+    k_BTKC = jnp.full((6, 1, 2, 4), 5.0)
+    written = cache.write(k_BTKC, k_BTKC, 3)
+    np.testing.assert_array_equal(written.origins_BQS, cache.origins_BQS)
+    assert jnp.all(written.own.k_BKCS[..., 3] == 5.0) and written.num_slots == 12
+
+
+def test_origins_of_other_rows_are_refused():
+    case = decode_cases.make_case(B=6)
+    cache = _of_beams(case, num_beams=3)
+    cache = dataclasses.replace(cache, origins_BQS=cache.origins_BQS[:, :2])
+    q_BTKGC = jnp.asarray(case.q_BTKGC)
+    with pytest.raises(ValueError, match=r"origins \[B,Q,S\] = \(2, 2, 12\) of a cache of 12"):
+        op.attention(q_BTKGC, cache, lengths_B=jnp.asarray(case.lengths_B), scale=1.0)
 
 
 @pytest.mark.parametrize("layout, implementation", PAIRS, ids=NAMES)
@@ -254,6 +300,7 @@ def _attend(layout="contiguous", changes=None, **how):
         ("paged", {"window": 0}, "window = 0 must be at least 1"),
         ("paged", {"implementation": "single_query"}, r"\(2, 1, 2, 3, 4\) and Paged"),
         ("slots_last", {"implementation": "single_query", "T": 2}, r"\(2, 2, 2, 3, 4\)"),
+        ("paged", {"implementation": "few_queries"}, "one OfBeams, not Paged"),
         ("slots_last", {"implementation": "pallas"}, r"k \[B,K,C,S\] = \(2, 2, 4, 12\)"),
         ("paged", {"implementation": "flash"}, "'flash' is none of auto"),
     ],

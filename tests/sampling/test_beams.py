@@ -177,6 +177,11 @@ def test_a_models_beams_are_those_of_its_whole_forward(name, one_device):
     _assert_whole_forward(VARIANTS[name])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "t5", "experts"])
+def test_beams_that_read_each_others_slots_find_the_same(name, one_device, float32_of_few_rows):
+    _assert_whole_forward(VARIANTS[name])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_serve_beams_that_share_an_encoder(name, one_device):
@@ -229,9 +234,9 @@ def test_a_rows_beams_do_not_depend_on_its_company(tiny):
 
 def test_other_rules_and_numbers_of_tokens_compile_nothing(tiny):
     long = _search(tiny, _rows(), max_tokens=8)
-    count = beams_lib._search._cache_size()
+    count = beams_lib._search.num_programs()
     short = _search(tiny, _rows(), beams_lib.BeamParams(3, -1.0, "never"), max_tokens=2)
-    assert beams_lib._search._cache_size() == count
+    assert beams_lib._search.num_programs() == count
     assert short.lengths_BQ.max() == 2 and long.lengths_BQ.max() == 8
 
 

@@ -8,6 +8,7 @@ import pytest
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.kernels import few_rows
 from llm_jax.models import decoder as decoder_lib
 from llm_jax.sampling import cache as cache_lib
 from llm_jax.sampling import decode
@@ -118,6 +119,22 @@ def tiny():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_step_gives_the_logits_of_the_full_forward(name, one_device):
+    _assert_logits_of_the_full_forward(name, one_device)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qk_norm_untied", "latents", "experts"])
+def test_products_of_few_rows_give_the_same_logits(name, one_device, float32_of_few_rows):
+    ready = _assert_logits_of_the_full_forward(name, one_device)
+    turned = [x for x in jax.tree.leaves(ready, is_leaf=_is_turned) if _is_turned(x)]
+    assert len(turned) > ready.config.num_layers
+
+
+def _is_turned(x):
+    return isinstance(x, few_rows.OutputsFirst)
+
+
+def _assert_logits_of_the_full_forward(name, one_device):
+    """Asserts it of a variant's prompts and single tokens; returns the model made ready."""
     config = helpers.tiny_model_config(**VARIANTS[name])
     _, rules = helpers.make_mesh()
     model = helpers.random_model(config, one_device, rules)
@@ -148,6 +165,18 @@ def test_each_step_gives_the_logits_of_the_full_forward(name, one_device):
             ready, jnp.asarray(fed, jnp.int32)[:, None], starts_B, jnp.int32(PADDED + step), cache
         )
     assert num_compared == sum(TEXT_LENGTH - length + 1 for length in PROMPT_LENGTHS)
+    return ready
+
+
+def test_one_row_of_few_rows_generates_the_same(one_device, monkeypatch):
+    """A row alone is made two for each product."""
+    config = helpers.tiny_model_config(**helpers.GPT2)
+    model = helpers.random_model(config, *helpers.make_mesh())
+    _, prompts = _prompts(config)
+    expected_BN = _generate(decode.prepare_model(model), prompts[1:2], num_tokens=9)
+    monkeypatch.setattr(few_rows, "_DTYPES", ("float32",))
+    generated_BN = _generate(decode.prepare_model(model), prompts[1:2], num_tokens=9)
+    np.testing.assert_array_equal(generated_BN, expected_BN)
 
 
 def test_bfloat16_generation_is_the_bfloat16_model(one_device):
@@ -386,12 +415,12 @@ def test_nothing_comes_beyond_max_tokens(loaded, max_tokens):
 
 def test_few_programs_serve_all_lengths():
     loaded = _loaded(embed_dim=8, num_heads=2, num_kv_heads=2)  # a shape of its own
-    before = decode.prefill._cache_size(), decode.decode._cache_size()
+    before = decode.prefill.num_programs(), decode.decode.num_programs()
     for length in (1, 3, 7, 12, 15, 16):
         for max_tokens in (2, 5, 16):
             _texts(loaded, [generate.Prompt("x" * length)], GREEDY, max_tokens=max_tokens)
-    assert decode.prefill._cache_size() - before[0] == 1
-    assert decode.decode._cache_size() - before[1] == 1
+    assert decode.prefill.num_programs() - before[0] == 1
+    assert decode.decode.num_programs() - before[1] == 1
     for length in (17, 20, 32):
         _texts(loaded, [generate.Prompt("x" * length)], GREEDY, max_tokens=5)
-    assert decode.prefill._cache_size() - before[0] == 2
+    assert decode.prefill.num_programs() - before[0] == 2

@@ -52,6 +52,27 @@ class SlotsLast:
 
 
 @cache_type
+class OfBeams:
+    """Rows that are beams of a search, which read slots of each other instead of moving them.
+
+    Attributes:
+      own: what each beam has written, [B * Q, ...].
+      origins_BQS: int32, the beam of its row that holds a slot of each beam's text.
+    """
+
+    own: SlotsLast
+    origins_BQS: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        return self.own.num_slots
+
+    def write(self, k_BTKC: jax.Array, v_BTKC: jax.Array, slot: jax.Array | int) -> "OfBeams":
+        """Returns the cache with new keys and values of each beam's own, from `slot` on."""
+        return OfBeams(self.own.write(k_BTKC, v_BTKC, slot), self.origins_BQS)
+
+
+@cache_type
 class Contiguous:
     """Keys and values of a slot as rows of all heads.
 

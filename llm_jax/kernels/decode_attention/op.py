@@ -7,8 +7,10 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from llm_jax.kernels import few_rows
 from llm_jax.kernels import placement
 from llm_jax.kernels.decode_attention import caches
+from llm_jax.kernels.decode_attention import few_queries
 from llm_jax.kernels.decode_attention import paged
 from llm_jax.kernels.decode_attention import pallas
 from llm_jax.kernels.decode_attention import reference
@@ -17,7 +19,7 @@ from llm_jax.kernels.flash_attention import biases
 
 _LOG = logging.getLogger(__name__)
 
-Cache = caches.SlotsLast | caches.Contiguous | caches.ValuesInKeys | paged.Paged
+Cache = caches.SlotsLast | caches.OfBeams | caches.Contiguous | caches.ValuesInKeys | paged.Paged
 
 
 def make_cache(
@@ -102,10 +104,10 @@ def attention(
       bias: added to the scores after that; any that goes by distance. `pallas` takes slopes alone.
       sinks_KG: float32 logits that join the softmax and attend to nothing.
       is_causal: whether a query sees no slot after its own; if not, there is neither window nor bias.
-      implementation: `auto`, `reference`, `single_query` (T = 1, of a `SlotsLast`) or `pallas` (of a
-        `Contiguous` or `Paged`; on a CPU interpreted). `auto` takes `pallas` on TPUs where the kernel
-        takes the arguments, `single_query` where it can, and else the reference; the log says what it
-        took. A `ValuesInKeys` has the reference alone: the kernel reads values as wide as keys.
+      implementation: `auto`, `reference`, `single_query` (T = 1, of a `SlotsLast`), `few_queries` (of a
+        `SlotsLast`) or `pallas` (of a `Contiguous` or `Paged`; on a CPU interpreted). `auto` takes
+        `pallas` on TPUs where the kernel takes the arguments, `few_queries` where `few_rows` are fast,
+        `single_query` where it can, and else the reference; the log says what it took. A `ValuesInKeys` has the reference alone: the kernel reads values as wide as keys.
       sizes: how `pallas` cuts the work, instead of its table.
 
     Returns:
@@ -159,14 +161,28 @@ def _implementation(name: str, q_BTKGC: jax.Array, cache: Cache) -> Callable[...
                 f" q [B,T,K,G,C] = {q_BTKGC.shape} and {type(cache).__name__}"
             )
         return lambda q, **how: single_query.attention(q, cache.k_BKCS, cache.v_BKSC, **how)
+    if name == "few_queries" and isinstance(cache, caches.OfBeams):
+        return lambda q, **how: few_queries.attention_of_beams(q, cache, **how)
+    if name == "few_queries":
+        if not is_slots_last:
+            raise ValueError(
+                "decode attention 'few_queries' takes a SlotsLast cache, or one OfBeams, not"
+                f" {type(cache).__name__}"
+            )
+        return lambda q, **how: few_queries.attention(q, cache.k_BKCS, cache.v_BKSC, **how)
     raise ValueError(
-        f"decode attention implementation {name!r} is none of auto, reference, single_query, pallas"
+        f"decode attention implementation {name!r} is none of auto, reference, single_query, few_queries,"
+        " pallas"
     )
 
 
 def _choose(q_BTKGC: jax.Array, cache: Cache, device_kind: str, bias: biases.Bias | None) -> str:
     if isinstance(cache, caches.SlotsLast):
+        if cache.k_BKCS.dtype == q_BTKGC.dtype and few_rows.are_fast(q_BTKGC.dtype):
+            return "few_queries"
         return "single_query" if q_BTKGC.shape[1] == 1 else "reference"
+    if isinstance(cache, caches.OfBeams):
+        return "few_queries"
     if isinstance(cache, caches.ValuesInKeys):
         return "reference"
     is_tpu = device_kind.startswith("TPU")
@@ -191,7 +207,15 @@ def _check_shapes(q_BTKGC: jax.Array, cache: Cache) -> None:
     q = q_BTKGC.shape
     if len(q) != 5:
         raise ValueError(f"queries must be [B,T,K,G,C], got {q}")
-    B, _, K, G, C = q
+    B, T, K, G, C = q
+    if isinstance(cache, caches.OfBeams):
+        origins = cache.origins_BQS.shape
+        if T != 1 or origins[0] * origins[1] != B or origins[2] != cache.num_slots:
+            raise ValueError(
+                f"q [B*Q,T,K,G,C] = {q}, of one token each, and origins [B,Q,S] = {origins} of a cache of"
+                f" {cache.num_slots} slots do not fit"
+            )
+        cache = cache.own
     if isinstance(cache, caches.SlotsLast):
         k, v = cache.k_BKCS.shape, cache.v_BKSC.shape
         if k[:3] != (B, K, C) or v != (B, K, k[3], C):
