@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, set before JAX starts."""
 
 import os
+import pathlib
 import sys
 
 # Tests compile much and compute little: without LLVM's optimisations they take half the time.
@@ -11,6 +12,14 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
     ]
 ).strip()
+# What one test, process or run before has compiled is not compiled again, in commands neither.
+_PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
+for _name, _value in {
+    "JAX_COMPILATION_CACHE_DIR": _PROGRAMS,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
+}.items():
+    os.environ.setdefault(_name, str(_value))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

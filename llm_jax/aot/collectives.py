@@ -27,7 +27,8 @@ class Part:
         along during a product ("async collective fusion") is neither: it is that product.
       key: the same of a start and its done.
       num_bytes: of the array as it is before it is scattered or after it is gathered; of a scattered
-        result alone where `is_scattered_size`; between slices, of what one chip sends.
+        result alone where `is_scattered_size`; between slices, of what one chip sends; of rows whose
+        number is data, what an even load moves.
       attributes: of the collective itself, where its groups stand.
     """
 
@@ -48,7 +49,7 @@ def part_of(module: hlo.Module, operation: hlo.Operation) -> Part | None:
     if kind in KINDS:
         phase = suffix or "whole"
         key = operation.operands[0] if phase == "done" else operation.name
-        return _part(kind, phase, key, operation)
+        return _part(kind, phase, key, operation, module)
     if opcode == "async-done":
         return Part("", "done", operation.operands[0], 0, False, "")
     if opcode not in ("fusion", "async-start"):
@@ -58,18 +59,18 @@ def part_of(module: hlo.Module, operation: hlo.Operation) -> Part | None:
         return None
     kind, _, _ = _split(inner.opcode)
     if opcode == "async-start":
-        return _part(kind, "start", operation.name, inner)
+        return _part(kind, "start", operation.name, inner, module)
     channel = re.search(r"channel_id=(\d+)", inner.attributes)
     key = f"channel {channel[1]}" if channel else operation.name
     if operation.name.startswith("async-collective-start"):
-        return _part(kind, "start", key, inner)
+        return _part(kind, "start", key, inner, module)
     if operation.name.startswith("async-collective-done"):
         return _part(kind, "done", key, inner)
     if (operation.called("calls") or "").startswith("async_collective_fusion"):
         return None
     if operation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    whole = _part(kind, "whole", key, inner)
+    whole = _part(kind, "whole", key, inner, module)
     return dataclasses.replace(whole, is_scattered_size=inner.opcode.startswith("reduce-scatter"))
 
 
@@ -99,6 +100,12 @@ def _split(opcode: str) -> tuple[str, str, str]:
     return opcode, "", ""
 
 
+def _operand_bytes(module: hlo.Module, name: str) -> int:
+    """Returns the bytes of a value of a module, whichever computation it is in."""
+    found = next(values[name] for values in module.by_name.values() if name in values)
+    return sum(array.num_bytes for array in found.types)
+
+
 def _inside(module: hlo.Module, operation: hlo.Operation) -> Iterator[hlo.Operation]:
     called = operation.called("calls")
     for inner in module.computations.get(called, ()):
@@ -108,7 +115,7 @@ def _inside(module: hlo.Module, operation: hlo.Operation) -> Iterator[hlo.Operat
             yield from _inside(module, inner)
 
 
-def _part(kind: str, phase: str, key: str, operation: hlo.Operation) -> Part:
+def _part(kind: str, phase: str, key: str, operation: hlo.Operation, module: hlo.Module) -> Part:
     # A start lists operands, results and what the hardware needs.
     arrays = [
         array for array in operation.types if array.shape or array.dtype not in ("u32", "s32")
@@ -116,4 +123,8 @@ def _part(kind: str, phase: str, key: str, operation: hlo.Operation) -> Part:
     if operation.opcode in ("all-gather-start", "collective-permute-start") and len(arrays) > 1:
         arrays = arrays[len(arrays) // 2 :]
     num_bytes = sum(array.num_bytes for array in arrays)
+    if kind == "ragged-all-to-all" and phase != "done":
+        # How much moves is data. Rows that go out fill what they come from, and rows that come back what
+        # they go to: the other one has room for uneven loads, which an even load leaves empty.
+        num_bytes = min(num_bytes, _operand_bytes(module, operation.operands[0]))
     return Part(kind, phase, key, num_bytes, kind == "reduce-scatter", operation.attributes)

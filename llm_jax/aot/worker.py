@@ -142,6 +142,8 @@ def memory_of(compiled: jax.stages.Compiled) -> kernel_cost.Memory:
 
 
 def main(directory: pathlib.Path) -> None:
+    # A program that comes from a cache is not compiled, and leaves no text to read.
+    jax.config.update("jax_enable_compilation_cache", False)
     request = json.loads((directory / "request.json").read_text())
     cache = request["cache_directory"]
     dump = directory / "dump"
