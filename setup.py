@@ -15,6 +15,8 @@ IS_OTHER = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 # What compiles for TPUs without one: libtpu in the version that JAX asks for, 214 MB.
 AOT = f"jax[tpu]>=0.10.2; {IS_X86_LINUX}"
 
+PICTURES = "matplotlib>=3.8"
+
 setuptools.setup(
     name="llm_jax",
     version=VERSION,
@@ -52,8 +54,11 @@ setuptools.setup(
         "aot": [AOT],
         # Kernels that the report stands ours beside.
         "peers": [AOT, "tokamax>=0.0.17; python_version >= '3.12'"],
+        # Pictures of reports.
+        "lab": [PICTURES],
         "test": [
             AOT,
+            PICTURES,
             "hypothesis>=6.100",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
