@@ -65,6 +65,6 @@ lock: $(STAMP)
 	$(BIN)/python -m pip freeze --exclude-editable > requirements-$(VERSION).lock
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs .pytest_cache
 
 .PHONY: help install demo test test-fast test-long lint lock clean

@@ -92,6 +92,7 @@ def _outputs_first(block: stack.Block) -> stack.Block:
 def _with_head_for_few_rows(
     model: decoder.Decoder | encoder_decoder.EncoderDecoder,
 ) -> decoder.Decoder | encoder_decoder.EncoderDecoder:
+    """Gives the model a head turned for products of few rows, and returns it."""
     letters, head = model.head()
     if letters == "DV":
         turned = jax.jit(few_rows.outputs_first, static_argnums=1)(head[...], 1)
