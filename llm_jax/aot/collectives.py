@@ -65,7 +65,7 @@ def part_of(module: hlo.Module, operation: hlo.Operation) -> Part | None:
     if operation.name.startswith("async-collective-start"):
         return _part(kind, "start", key, inner, module)
     if operation.name.startswith("async-collective-done"):
-        return _part(kind, "done", key, inner)
+        return _part(kind, "done", key, inner, module)
     if (operation.called("calls") or "").startswith("async_collective_fusion"):
         return None
     if operation.name.startswith("all-reduce-scatter"):

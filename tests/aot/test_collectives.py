@@ -46,6 +46,8 @@ ENTRY %main (x: bf16[8,128], y: f32[32,128]) -> bf16[32,128] {{
   %async-collective-done.5 = bf16[32,128]{_BF16} fusion(%product), kind=kCustom, calls=%nested
   %all-reduce-scatter.2 = f32[8,128]{{1,0:T(8,128)}} fusion(%y), kind=kCustom, calls=%summed
   %scatter = f32[8,128]{{1,0:T(8,128)}} reduce-scatter(%y), replica_groups=[1,4]<=[4], dimensions={{0}}
+  %there = bf16[32,128]{_BF16} ragged-all-to-all(%x, %whole), channel_id=3, replica_groups=[1,4]<=[4]
+  %back = bf16[8,128]{_BF16} ragged-all-to-all(%there, %x), channel_id=4, replica_groups=[1,4]<=[4]
   %after = token[] after-all()
   %out = (bf16[8,128]{_BF16}, u32[]{{:S(2)}}, token[]) send(%x, %after), is_host_transfer=true, frontend_attributes={{{_MEGASCALE}}}
   %in = (bf16[8,128]{_BF16}, u32[]{{:S(2)}}, token[]) recv(%after), is_host_transfer=true, frontend_attributes={{{_MEGASCALE}}}
@@ -68,6 +70,9 @@ def part():
     ("name", "kind", "phase", "num_bytes"),
     [
         ("whole", "all-gather", "whole", _GATHERED),
+        # Of eight rows, in a buffer for four times as many, there and back.
+        ("there", "ragged-all-to-all", "whole", _GATHERED // 4),
+        ("back", "ragged-all-to-all", "whole", _GATHERED // 4),
         ("start", "all-gather", "start", _GATHERED),
         ("sum", "all-reduce", "whole", 32 * 128 * 4 + 4),
         ("send", "collective-permute", "start", 8 * 128 * 2),
