@@ -2,7 +2,7 @@
 
     python -m llm_jax.train --config=configs/deepseek_moe_16b.py --workdir=gs://BUCKET/deepseek_moe_16b
 
-Slice: v5e:8x8. Data: C4 from TFDS, prepared once by
+Slice: v5p:4x4x4. Data: C4 from TFDS, prepared once by
 `python -m llm_jax.prepare --config=configs/deepseek_moe_16b.py` with the released tokenizer in `deepseek/`.
 Expected: not measured.
 """
@@ -13,7 +13,7 @@ from llm_jax import config as config_lib
 def get_config(arg: str = ""):
     del arg
     config = config_lib.new()
-    config.slice = "v5e:8x8"
+    config.slice = "v5p:4x4x4"
     config.model.update(dtype="bfloat16", scan_layers=True)
     config.model.update(
         num_layers=28,
@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
         balance_loss=0.001,
         buffer_factor=2.0,
     )
-    config.mesh.update(rules="fsdp_ep", expert=8)
+    config.mesh.update(rules="fsdp_ep", expert=16)
     config.data.update(
         source="tfds:c4/en", tokenizer="bpe:deepseek", batch_size=256, sequence_length=4096
     )

@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
     config.model.moe.update(num_experts=8, experts_per_token=2, balance_loss=0.02)
     # Each device keeps twice the slots that an even load sends; what is more is dropped, and counted.
     config.model.moe.buffer_factor = 2.0
-    config.mesh.update(rules="fsdp_ep", expert=8)
+    config.mesh.update(rules="fsdp_ep", expert=4)
     config.data.update(
         source="tfds:c4/en", tokenizer="bpe:mixtral", batch_size=256, sequence_length=4096
     )

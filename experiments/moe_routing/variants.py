@@ -10,7 +10,7 @@ from typing import Any
 from llm_jax import config as config_lib
 from llm_jax import flops
 
-STEPS = 400
+STEPS = 300
 _LENGTH = 64  # tokens of a row
 _WIDTH = 512  # of the feed-forward part that a token runs
 _TOTAL = 2048  # of all experts

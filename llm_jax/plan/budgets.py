@@ -74,7 +74,7 @@ ENTRIES = (
     Entry("gemma3_1b", "v5e:4x4"),
     Entry("moe_8x150m", "v5e:4x4"),
     Entry("switch_base", "v5e:8x8"),
-    Entry("deepseek_moe_16b", "v5e:8x8"),
+    Entry("deepseek_moe_16b", "v5p:4x4x4"),
     Entry("mixtral_8x7b", "v5p:4x4x4"),
 )
 
