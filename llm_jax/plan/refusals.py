@@ -1,4 +1,4 @@
-"""A program that does not fit, in words: what takes the memory, and which setting makes it less."""
+"""A program that a slice does not take, in words: what is too much, and which setting makes it less."""
 
 import re
 
@@ -8,6 +8,7 @@ from llm_jax.plan import estimate as estimate_lib
 _GIB = 1 << 30
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_NO_RAGGED = "Ragged all-to-all is currently not supported in limited ICI routing"
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _ALLOCATION = re.compile(
     r"\d+\. Size: ([\d.]+)([KMGT])\n(?:\s+Operator: [^\n]*?op_name=\"([^\"]*)\"[^\n]*\n)?\s+Shape: (\S+)"
@@ -36,7 +37,7 @@ def largest_allocations(text: str) -> list[str]:
 def explain(
     text: str, config: config_lib.RunConfig, estimate: estimate_lib.Estimate
 ) -> list[str] | None:
-    """Returns lines on a program that is too large: by how much, what takes it, what helps.
+    """Returns lines on a program that is refused: if it is too large, by how much, what takes it, what helps.
 
     Args:
       text: of the compiler.
@@ -45,6 +46,12 @@ def explain(
     Returns:
       None if the compiler failed for something else.
     """
+    if _NO_RAGGED in text:
+        return [
+            "the compiler moves no ragged rows over the links of this slice, which do not close to rings, and"
+            " dropless experts over mesh.expert need that <- mesh.expert=1, model.moe.dispatch=capacity, or"
+            " another slice (v5e:4x4 and v5p:4x4x4 have it)"
+        ]
     shortage = memory_shortage(text)
     if shortage is None:
         return None

@@ -78,7 +78,7 @@ _MESHES_OF = {
     "latents": ("fsdp_tp", "fsdp_tp_seq", "fsdp_cp_ring", "multislice", "tp"),
 }
 
-_LONG = {("kernels", "replicated_heads_ring")}
+_LONG = {("kernels", "replicated_heads_ring"), ("switch", "fsdp_tp_seq"), ("switch", "fsdp_ep_tp")}
 
 _CASES = [
     pytest.param(model, mesh, marks=[pytest.mark.long] if (model, mesh) in _LONG else [])

@@ -71,5 +71,15 @@ def test_advice_follows_the_config(llama):
     assert "mesh.rules=fsdp" in "\n".join(refusals.explain(_SHORT, whole, estimate))
 
 
+def test_slices_without_ragged_exchanges_are_named_with_what_will_do(llama):
+    """As the compiler says it of experts over a side of v5e:8x8."""
+    text = (
+        "INTERNAL: RET_CHECK failure (ragged_all_to_all_emitter.cc:336) Ragged all-to-all is currently not"
+        " supported in limited ICI routing settings Error encountered while compiling"
+    )
+    (told,) = refusals.explain(text, *llama)
+    assert "mesh.expert=1" in told and "dispatch=capacity" in told
+
+
 def test_another_failure_is_not_explained_as_memory(llama):
     assert refusals.explain("INTERNAL: no", *llama) is None
