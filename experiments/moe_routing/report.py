@@ -150,14 +150,14 @@ def findings(found: Mapping[str, list[dict]]) -> list[str]:
         f" {none:.3f} without balancing ({none / free:.1f} times), {loss:.3f} with the balance loss; loss"
         f" against no balancing {verdict('sigmoid_bias', 'softmax_unbalanced')}, against the balance loss"
         f" {verdict('sigmoid_bias', 'softmax')}.",
-        "- Experts beat the dense model of equal operations (Shazeer et al. 2017, Fedus et al. 2021):"
+        "- Experts should beat the dense model of equal operations (Shazeer et al. 2017, Fedus et al. 2021):"
         f" softmax {verdict('softmax', 'dense')}, switch {verdict('switch', 'dense')}.",
-        "- The dense model of equal parameters, at 2.8 times the operations, beats both: against softmax"
-        f" {verdict('dense_params', 'softmax')}.",
-        "- Learned routing beats controls (Roller et al. 2021 found hashing close): hash against switch"
+        "- A dense model with the parameters of the mixtures should be better still, at 2.8 times the operations:"
+        f" against softmax {verdict('dense_params', 'softmax')}.",
+        "- Learned routing should beat controls (Roller et al. 2021 found hashing close): hash against switch"
         f" {verdict('hash', 'switch')}, random against softmax {verdict('random', 'softmax')}, a frozen"
         f" router against softmax {verdict('frozen', 'softmax')}.",
-        "- Expert choice beats token choice (Zhou et al. 2022), in encoders:"
+        "- Expert choice should beat token choice (Zhou et al. 2022), in encoders:"
         f" {verdict('mlm_expert_choice', 'mlm_softmax')}; soft mixtures (Puigcerver et al. 2023):"
         f" {verdict('mlm_soft', 'mlm_softmax')}.",
     ]
