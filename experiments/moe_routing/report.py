@@ -179,8 +179,8 @@ def main(argv: list[str]) -> None:
         "",
         f"Each variant trains for {variants.STEPS} steps ({tokens:,} bytes) with {num_seeds} seeds; intervals are of"
         f" {_CONFIDENCE:.0%} (Student's t) over seeds, differences paired by seed, not corrected for their"
-        " number. Routing is the mean of the last quarter of a run, tokens/s of one core that a second run's"
-        " neighbour shares a machine with. Operations of a token are equal within 2.5%"
+        " number. Routing is the mean of the last quarter of a run, tokens/s the median over seeds while other runs"
+        " shared the cores, so of the order alone. Operations of a token are equal within 2.5%"
         " (`variants.check_budgets`), but of `dense_params`, which has the parameters of the mixtures.",
         "",
         f"Full-size steps are those of `configs/moe_8x150m.py` with the variant's routing on {_SLICE}, modelled"
