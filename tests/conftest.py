@@ -27,6 +27,7 @@ from absl import flags  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from llm_jax import backend  # noqa: E402
 from llm_jax import command  # noqa: E402
 from llm_jax import config as config_lib  # noqa: E402
 from llm_jax import mesh as mesh_lib  # noqa: E402
@@ -54,6 +55,8 @@ def one_device():
 @pytest.fixture
 def float32_of_few_rows(monkeypatch):
     """Lets float32 go the way of bfloat16 products of few rows, where rounding hides no mistake."""
+    if not backend.has_library_flags():
+        pytest.skip("this jaxlib is older than the options of products of few rows")
     monkeypatch.setattr(few_rows, "_DTYPES", ("bfloat16", "float32"))
 
 

@@ -17,6 +17,7 @@ import matplotlib.figure
 import numpy as np
 from scipy import stats
 
+from experiments.moe_routing import run as run_lib
 from experiments.moe_routing import variants
 from llm_jax import config as config_lib
 from llm_jax.aot import kernel_cost
@@ -42,12 +43,15 @@ def results() -> dict[str, list[dict]]:
     """Returns the results of each variant, by seed.
 
     Raises:
-      SystemExit: variants of other numbers of seeds, which are no fair comparison.
+      SystemExit: variants of other numbers of seeds, or runs of other settings than those of now, which
+        are no fair comparison.
     """
-    found = {
-        name: [json.loads(path.read_text()) for path in sorted(HERE.glob(f"results/{name}-*.json"))]
-        for name in variants.VARIANTS
-    }
+    found = {name: [] for name in variants.VARIANTS}
+    for name, of_name in found.items():
+        for path in sorted(run_lib.RESULTS.glob(f"{name}-*.json")):
+            if not run_lib.Run(name, int(path.stem.rpartition("-")[2])).is_done():
+                sys.exit(f"{path} is of other settings than the variant's, run it again first")
+            of_name.append(json.loads(path.read_text()))
     counts = {name: len(of_name) for name, of_name in found.items()}
     if len(set(counts.values())) != 1 or not min(counts.values()):
         sys.exit(f"numbers of seeds differ, run what is missing first: {counts}")
@@ -92,12 +96,19 @@ def table(found: Mapping[str, list[dict]], modelled: Mapping[str, dict]) -> list
                 for key in ("max_violation", "load_entropy", "dead_experts", "drop_fraction")
             ]
             speed = statistics.median(run["tokens_per_second"] for run in found[name])
-            cost = modelled.get(name, {})
             lines.append(
                 f"| `{name}` | {mean:.3f} ± {half:.3f} | {difference} | {' | '.join(routing)}"
-                f" | {speed:,.0f} | {cost.get('milliseconds', 'not modelled')} | {cost.get('GiB', '')} |"
+                f" | {speed:,.0f} | {_cost(modelled, name)} |"
             )
     return lines
+
+
+def _cost(modelled: Mapping[str, dict], name: str) -> str:
+    """Returns the last two cells of a row."""
+    if name not in modelled:
+        return "not modelled |"
+    cost = modelled[name]
+    return "refused |" if "refusal" in cost else f"{cost['milliseconds']} | {cost['GiB']}"
 
 
 def _mean(runs: list[dict], key: str) -> str:
@@ -173,7 +184,7 @@ def main(argv: list[str]) -> None:
     found = results()
     num_seeds = len(found["dense"])
     heat_map(found, HERE / "load.png")
-    tokens = variants.STEPS * 16 * 64
+    tokens = variants.STEPS * config_lib.from_config_dict(variants.get_config()).tokens_per_step
     lines = [
         "# Routers, compared",
         "",

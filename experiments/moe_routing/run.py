@@ -83,7 +83,6 @@ def train(run: Run, core: int | None) -> str | None:
         command = [sys.executable, "-m", "llm_jax.train", f"--workdir={folder}/run"]
         command += [f"--config={HERE}/variants.py:{run.variant}", f"--config.train.seed={run.seed}"]
         pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
-        # JAX runs, and threads wait, on the cores that the process may use.
         done = subprocess.run(
             command,
             capture_output=True,

@@ -1,7 +1,7 @@
 """Products of few rows on a CPU, as generation makes them: how weights lie, and what compiles them.
 
 oneDNN, which `backend.set_flags` turns on for the large products of training, leaves small ones to loops
-that convert each bfloat16 by itself. XLA's other library (YNN) multiplies a few rows twice as fast, if
+that convert each bfloat16 by itself. XLA's other library (YNN) multiplies a few rows faster, if
 what is summed over lies side by side, as in PyTorch's weights; a single row it leaves to the loops, so
 that one is made two. `tests/benchmarks/cpu_speed.py` measures what comes of it.
 """

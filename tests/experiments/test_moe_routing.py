@@ -77,11 +77,12 @@ def test_other_settings_are_other_runs(tmp_path, monkeypatch):
 def _written(folder, name, seed, loss):
     folder.mkdir(exist_ok=True)
     rows = _rows(loss, [[0.25, 0.75]] * 4)
-    (folder / f"{name}-{seed}.json").write_text(json.dumps(run.summary(rows)))
+    kept = {"settings": run.Run(name, seed).fingerprint()} | run.summary(rows)
+    (folder / f"{name}-{seed}.json").write_text(json.dumps(kept))
 
 
 def test_a_report_orders_by_loss_and_says_what_is_shown(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     for index, name in enumerate(variants.VARIANTS):
         for seed in range(3):
             _written(tmp_path / "results", name, seed, 2.0 + index / 10 + seed / 1000)
@@ -96,4 +97,7 @@ def test_a_report_orders_by_loss_and_says_what_is_shown(tmp_path, monkeypatch):
 
     _written(tmp_path / "results", "softmax", 3, 2.0)
     with pytest.raises(SystemExit, match="numbers of seeds differ"):
+        report.results()
+    (tmp_path / "results" / "softmax-3.json").write_text('{"settings": "older"}')
+    with pytest.raises(SystemExit, match="softmax-3.json is of other settings"):
         report.results()
