@@ -26,6 +26,10 @@ _LARGEST_LOGITS = 1 << 31
 # layers at a time, as the next one's weights come while one is computed.
 _OVERHEAD = 1.1
 _LAYERS_AT_A_TIME = 2
+# Times that what lies between the products of a feed-forward part is held while a layer is computed anew;
+# experts' slots are held less often, as their products are kernels that write where they are told.
+_INNER_COPIES = 4
+_EXPERT_INNER_COPIES = 2
 _WAITING_BYTES = 6  # in both precisions; of one program
 
 # Of the peak that products reach, and of the links' bandwidth that collectives do.
@@ -223,7 +227,8 @@ class _Sizes:
         weights = int(2 * _COMPUTE_BYTES * flops.layer_params(m, experts=own) // self._tensor)
         if m.remat == "none":
             return weights
-        width = 8 * m.embed_dim + 4 * self._inner_width()
+        copies = _EXPERT_INNER_COPIES if m.moe.is_on else _INNER_COPIES
+        width = 8 * m.embed_dim + copies * self._inner_width()
         return weights + _COMPUTE_BYTES * self.tokens * width
 
     def loss_bytes(self) -> int:
