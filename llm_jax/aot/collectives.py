@@ -100,10 +100,12 @@ def _split(opcode: str) -> tuple[str, str, str]:
     return opcode, "", ""
 
 
-def _operand_bytes(module: hlo.Module, name: str) -> int:
-    """Returns the bytes of a value of a module, whichever computation it is in."""
-    found = next(values[name] for values in module.by_name.values() if name in values)
-    return sum(array.num_bytes for array in found.types)
+def _operand_bytes(module: hlo.Module, operation: hlo.Operation, index: int) -> int:
+    """Returns the bytes of an operand; names are unique within a computation alone."""
+    values = next(
+        values for values in module.by_name.values() if values.get(operation.name) is operation
+    )
+    return sum(array.num_bytes for array in values[operation.operands[index]].types)
 
 
 def _inside(module: hlo.Module, operation: hlo.Operation) -> Iterator[hlo.Operation]:
@@ -126,5 +128,5 @@ def _part(kind: str, phase: str, key: str, operation: hlo.Operation, module: hlo
     if kind == "ragged-all-to-all" and phase != "done":
         # How much moves is data. Rows that go out fill what they come from, and rows that come back what
         # they go to: the other one has room for uneven loads, which an even load leaves empty.
-        num_bytes = min(num_bytes, _operand_bytes(module, operation.operands[0]))
+        num_bytes = min(_operand_bytes(module, operation, index) for index in (0, 1))
     return Part(kind, phase, key, num_bytes, kind == "reduce-scatter", operation.attributes)

@@ -33,6 +33,18 @@ _MODULE = f"""
   ROOT %part = f32[8,128]{{1,0:T(8,128)}} slice(%all), slice={{[0:8], [0:128]}}
 }}
 
+%exchanged (p.4: bf16[8,128], p: bf16[32,128]) -> bf16[32,128] {{
+  %p.4 = bf16[8,128]{_BF16} parameter(0)
+  %p = bf16[32,128]{_BF16} parameter(1)
+  ROOT %e = bf16[32,128]{_BF16} ragged-all-to-all(%p.4, %p), channel_id=5, replica_groups=[1,4]<=[4]
+}}
+
+%returned (p: bf16[32,128], p.4: bf16[8,128]) -> bf16[8,128] {{
+  %p = bf16[32,128]{_BF16} parameter(0)
+  %p.4 = bf16[8,128]{_BF16} parameter(1)
+  ROOT %e = bf16[8,128]{_BF16} ragged-all-to-all(%p, %p.4), channel_id=6, replica_groups=[1,4]<=[4]
+}}
+
 ENTRY %main (x: bf16[8,128], y: f32[32,128]) -> bf16[32,128] {{
   %x = bf16[8,128]{_BF16} parameter(0)
   %y = f32[32,128]{{1,0:T(8,128)}} parameter(1)
@@ -48,6 +60,8 @@ ENTRY %main (x: bf16[8,128], y: f32[32,128]) -> bf16[32,128] {{
   %scatter = f32[8,128]{{1,0:T(8,128)}} reduce-scatter(%y), replica_groups=[1,4]<=[4], dimensions={{0}}
   %there = bf16[32,128]{_BF16} ragged-all-to-all(%x, %whole), channel_id=3, replica_groups=[1,4]<=[4]
   %back = bf16[8,128]{_BF16} ragged-all-to-all(%there, %x), channel_id=4, replica_groups=[1,4]<=[4]
+  %there-start = ((bf16[8,128]{_BF16}, bf16[32,128]{_BF16}), bf16[32,128]{_BF16}, u32[]{{:S(2)}}) async-start(%x, %whole), calls=%exchanged
+  %back-start = ((bf16[32,128]{_BF16}, bf16[8,128]{_BF16}), bf16[8,128]{_BF16}, u32[]{{:S(2)}}) async-start(%there, %x), calls=%returned
   %after = token[] after-all()
   %out = (bf16[8,128]{_BF16}, u32[]{{:S(2)}}, token[]) send(%x, %after), is_host_transfer=true, frontend_attributes={{{_MEGASCALE}}}
   %in = (bf16[8,128]{_BF16}, u32[]{{:S(2)}}, token[]) recv(%after), is_host_transfer=true, frontend_attributes={{{_MEGASCALE}}}
@@ -73,6 +87,8 @@ def part():
         # Of eight rows, in a buffer for four times as many, there and back.
         ("there", "ragged-all-to-all", "whole", _GATHERED // 4),
         ("back", "ragged-all-to-all", "whole", _GATHERED // 4),
+        ("back-start", "ragged-all-to-all", "start", _GATHERED // 4),
+        ("there-start", "ragged-all-to-all", "start", _GATHERED // 4),
         ("start", "all-gather", "start", _GATHERED),
         ("sum", "all-reduce", "whole", 32 * 128 * 4 + 4),
         ("send", "collective-permute", "start", 8 * 128 * 2),
