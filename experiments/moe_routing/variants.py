@@ -85,8 +85,9 @@ def full_size(arg: str):
     config = moe_8x150m.get_config()
     width = config.model.mlp_dim
     config.model.update(mlp_dim=2 * width)
+    kept = {name: config.model.moe[name] for name in ("router_z_loss", "buffer_factor")}
     config.model.moe = config_lib.new().model.moe
-    config.model.moe.router_z_loss = 1e-3
+    config.model.moe.update(kept)
     apply(config, arg, scale=2 * width / _WIDTH)
     if config.model.moe.router == "soft":
         config.data.packing = "concat"  # slots mix the tokens of a row, and grow with it

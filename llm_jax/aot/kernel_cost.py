@@ -8,6 +8,7 @@ makes arguments that lie on one). The compiler wants its flags before it is load
 a process of its own, which takes case after case.
 """
 
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
@@ -145,6 +146,7 @@ class ProgramCost:
       collectives: the longest first.
       compile_seconds: what it took to compile, on this machine.
       not_modelled: what takes time on the chip and none here.
+      fingerprint: of what was compiled: the lowered program, the chip, flags, the compiler's version.
     """
 
     case: Case
@@ -158,6 +160,7 @@ class ProgramCost:
     collectives: tuple[CollectiveCost, ...]
     compile_seconds: float
     not_modelled: tuple[str, ...]
+    fingerprint: str
 
     @property
     def hbm_peak_bytes(self) -> int:
@@ -193,16 +196,27 @@ class Refusal:
     details: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A program that was not compiled, as `known` of `costs` has its fingerprint."""
+
+    case: Case
+    fingerprint: str
+
+
 def costs(
     cases: Sequence[Case],
     *,
+    known: Collection[str] = (),
     cache_directory: str | None = None,
     num_processes: int = 1,
     timeout_seconds: float = 900.0,
-) -> list[ProgramCost | Refusal]:
+) -> list[ProgramCost | Refusal | Known]:
     """Returns what each program costs, or why there is none, in the order of `cases`.
 
     Args:
+      cases: the programs.
+      known: fingerprints of programs that need not be compiled: those give `Known`.
       cache_directory: where results are kept and looked for, by what was lowered, the compiler's
         version and this package's code.
       num_processes: to spread the cases over. Compiling is what takes the time, and a compilation
@@ -217,10 +231,9 @@ def costs(
         topology.chip_of(case.slice_name)
     num_processes = max(1, min(num_processes, len(cases)))
     shares = [cases[start::num_processes] for start in range(num_processes)]
+    request = {"known": sorted(known), "cache_directory": cache_directory}
     with futures.ThreadPoolExecutor(num_processes) as pool:
-        found = list(
-            pool.map(lambda share: _in_turn(share, cache_directory, timeout_seconds), shares)
-        )
+        found = list(pool.map(lambda share: _in_turn(share, request, timeout_seconds), shares))
     return [found[index % num_processes][index // num_processes] for index in range(len(cases))]
 
 
@@ -237,19 +250,16 @@ def kernel_costs(case: Case, *, cache_directory: str | None = None) -> list[Kern
 
 
 def _in_turn(
-    cases: Sequence[Case], cache_directory: str | None, timeout_seconds: float
-) -> list[ProgramCost | Refusal]:
+    cases: Sequence[Case], request: Mapping[str, object], timeout_seconds: float
+) -> list[ProgramCost | Refusal | Known]:
     """Costs cases by one worker; a case that ends it, or takes too long, is refused."""
     results = []
     while len(results) < len(cases):
         waiting = _alike(cases[len(results) :])
         with tempfile.TemporaryDirectory(prefix="llm_jax_aot_") as name:
             directory = pathlib.Path(name)
-            request = {
-                "cases": [dataclasses.asdict(case) for case in waiting],
-                "cache_directory": cache_directory,
-            }
-            (directory / "request.json").write_text(json.dumps(request))
+            of_cases = {"cases": [dataclasses.asdict(case) for case in waiting]}
+            (directory / "request.json").write_text(json.dumps(request | of_cases))
             reason, details = _run_worker(directory, waiting[0].flags, timeout_seconds)
             answers = _read_answers(directory)
         if answers and "mistake" in answers[-1]:
@@ -322,9 +332,11 @@ def _read_answers(directory: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _decode(case: Case, answer: dict) -> ProgramCost | Refusal:
+def _decode(case: Case, answer: dict) -> ProgramCost | Refusal | Known:
     if "stage" in answer:
         return Refusal(case, **answer)
+    if "known" in answer:
+        return Known(case, answer["known"])
     operations = tuple(
         KernelCost(**{**fields, "guesses": tuple(fields["guesses"])})
         for fields in answer.pop("operations")

@@ -4,6 +4,7 @@ DIRECTORY holds request.json; results are appended to answers.jsonl in it, so th
 crash of the compiler are not lost. The compiler's text goes there as well, and is deleted each time.
 """
 
+from collections.abc import Collection
 import dataclasses
 import hashlib
 import importlib
@@ -42,15 +43,20 @@ def set_flags(dump: pathlib.Path) -> None:
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, [given, *flags]))
 
 
-def answer(case: kernel_cost.Case, dump: pathlib.Path, cache: pathlib.Path | None) -> dict:
-    """Returns the fields of a `ProgramCost` or of a `Refusal`, without the case."""
+def answer(
+    case: kernel_cost.Case, dump: pathlib.Path, cache: pathlib.Path | None, known: Collection[str]
+) -> dict:
+    """Returns the fields of a `ProgramCost`, a `Refusal` or a `Known`, without the case."""
     lower = _find(case.target)
     devices = topology.devices(case.slice_name)
     try:
         lowered = lower(devices, **case.arguments)
     except Exception as error:  # whatever a program may hold against its arguments
         return _refusal("lowering", error)
-    kept = cache / f"{_fingerprint(case, lowered)}.json" if cache else None
+    fingerprint = _fingerprint(case, lowered)
+    if fingerprint in known:
+        return {"known": fingerprint}
+    kept = cache / f"{_cache_key(case, fingerprint)}.json" if cache else None
     if kept and kept.exists():
         return json.loads(kept.read_text())
     shutil.rmtree(dump, ignore_errors=True)
@@ -60,7 +66,8 @@ def answer(case: kernel_cost.Case, dump: pathlib.Path, cache: pathlib.Path | Non
         compiled = lowered.compile(compiler_options=dict(case.compiler_options) or None)
     except Exception as error:  # the compiler's errors have no common type
         return _refusal("compilation", error)
-    fields = {"compile_seconds": time.monotonic() - started} | _cost(case, compiled, dump)
+    fields = {"compile_seconds": time.monotonic() - started, "fingerprint": fingerprint}
+    fields |= _cost(case, compiled, dump)
     if kept:
         cache.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
@@ -85,13 +92,19 @@ def _refusal(stage: str, error: Exception) -> dict:
 
 
 def _fingerprint(case: kernel_cost.Case, lowered: jax.stages.Lowered) -> str:
-    """Returns what a result depends on, as one name."""
+    """Returns what a compiled program depends on, as one name."""
     digest = hashlib.sha256(lowered.as_text().encode())
     options = json.dumps(dict(case.compiler_options), sort_keys=True)
     flags = os.environ.get("LIBTPU_INIT_ARGS", "").partition("--xla_jf_dump_to")[0]
     version = importlib.metadata.version("libtpu")
-    for part in (case.slice_name, options, flags, version, str(case.is_executed)):
+    for part in (case.slice_name, options, flags.strip(), version):
         digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _cache_key(case: kernel_cost.Case, fingerprint: str) -> str:
+    """Returns what a result depends on: the program, and the code that reads it."""
+    digest = hashlib.sha256(f"{fingerprint} {case.is_executed}".encode())
     for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -144,6 +157,10 @@ def memory_of(compiled: jax.stages.Compiled) -> kernel_cost.Memory:
 def main(directory: pathlib.Path) -> None:
     # A program that comes from a cache is not compiled, and leaves no text to read.
     jax.config.update("jax_enable_compilation_cache", False)
+    # Kernels carry where they are written; a program is to be the same from whichever folder, and
+    # whoever calls.
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     request = json.loads((directory / "request.json").read_text())
     cache = request["cache_directory"]
     dump = directory / "dump"
@@ -153,7 +170,7 @@ def main(directory: pathlib.Path) -> None:
         set_flags(dump)
     for case in cases:
         try:
-            result = answer(case, dump, cache and pathlib.Path(cache))
+            result = answer(case, dump, cache and pathlib.Path(cache), request["known"])
         except errors.UserError as error:
             result = {"mistake": str(error)}
         with (directory / "answers.jsonl").open("a") as answers:

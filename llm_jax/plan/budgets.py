@@ -1,8 +1,9 @@
 """What compiled steps may take, committed: `python -m llm_jax.plan.budgets` rewrites the file.
 
 Each entry is a shipped config on a slice, compiled with that chip's flags: HBM, collectives by kind and
-axes, and how every parameter is cut. `tests/contracts` compiles them again and holds them to it, so that a
-change of any of it shows as a difference of the file. Figures are of one version of the TPU compiler.
+axes, and how every parameter is cut. `tests/contracts` holds them to it, so that a change of any of it shows
+as a difference of the file: a program that is no longer the one compiled is compiled again. Figures are of
+one version of the TPU compiler.
 """
 
 from collections.abc import Mapping
@@ -114,6 +115,7 @@ def figures(entry: Entry, result: kernel_cost.ProgramCost | kernel_cost.Refusal)
     }
     memory = result.memory
     return {
+        "program": result.fingerprint,
         "hbm_bytes": memory.peak + memory.code,
         "temporary_bytes": memory.temporaries,
         "collectives": dict(sorted(collectives.items())),

@@ -130,6 +130,22 @@ def test_the_cache_answers_for_the_same_program_alone(tmp_path):
     assert again == [dataclasses.replace(result, seconds=1.0) for result in first]
 
 
+@pytest.mark.slow
+def test_a_program_that_is_known_is_not_compiled_again(small):
+    known = small["known"].fingerprint
+    cases = [SMALL["known"], SMALL["unknown"]]
+    same, other = kernel_cost.costs(cases, known={known})
+    assert same == kernel_cost.Known(SMALL["known"], known)
+    assert isinstance(other, kernel_cost.ProgramCost) and other.fingerprint != known
+    for change in (
+        {"slice_name": "v5p:1x1x1"},
+        {"flags": ("--xla_tpu_enable_latency_hiding_scheduler=false",)},
+    ):
+        case = dataclasses.replace(SMALL["known"], **change)
+        (changed,) = kernel_cost.costs([case], known={known})
+        assert isinstance(changed, kernel_cost.ProgramCost)
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [("tests.aot.programs:lower_nothing", "lower_nothing"), ("no_such_module:f", "no_such_module")],

@@ -12,6 +12,10 @@ from llm_jax.aot import topology
 from llm_jax.plan import budgets
 from llm_jax.plan import planner
 
+# Compiled each time, whether their programs changed or not: so that what reads figures out of them is held
+# to the committed ones as well.
+_ALWAYS = ("gpt2_124m on v5e:2x2", "bert_base on v5e:4x4")
+
 
 @pytest.mark.long
 @pytest.mark.skipif(not topology.is_available(), reason="libtpu is not installed")
@@ -20,13 +24,20 @@ def test_step_compiles_with_the_kernels_and_keeps_to_its_budget(entry):
     version = budgets.compiler_version()
     known = budgets.load()
     assert version in known, f"no budgets for {version}: python -m llm_jax.plan.budgets"
-    (result,) = kernel_cost.costs([entry.case()], timeout_seconds=planner.TIMEOUT_SECONDS)
+    budget = known[version][entry.name]
+    (result,) = kernel_cost.costs(
+        [entry.case()],
+        known=() if entry.name in _ALWAYS else {budget["program"]},
+        timeout_seconds=planner.TIMEOUT_SECONDS,
+    )
+    if isinstance(result, kernel_cost.Known):
+        return
     figures = budgets.figures(entry, result)
     names = " ".join(kernel.name for kernel in result.kernels)
     for kernel in ("flash_attention_forward", "flash_attention_backward"):
         assert kernel in names
     assert figures["hbm_bytes"] < topology.chip_of(entry.slice_name).hbm_bytes
-    lines = budgets.differences(entry.name, figures, known[version][entry.name])
+    lines = budgets.differences(entry.name, figures, budget)
     assert not lines, "\n".join([*lines, "intended? python -m llm_jax.plan.budgets rewrites them"])
 
 

@@ -40,6 +40,7 @@ def _program(**seconds_and_executions):
         collectives=(),
         compile_seconds=0.0,
         not_modelled=(),
+        fingerprint="",
     )
 
 
