@@ -30,8 +30,26 @@ DIMS = {
     "A": "candidates for the beams of a row",
     "N": "tokens (B * T)",
     "E": "experts",
+    "I": "rank of a low-rank update",
     "X": "expert capacity",
     "R": "routed slots",
+}
+
+
+# How the letters of a layer's matrices split into inputs and outputs; tables and heads are missing here.
+MATRICES = {
+    "DKGC": ("D", "KGC"),
+    "DKC": ("D", "KC"),
+    "KGCD": ("KGC", "D"),
+    "DHC": ("D", "HC"),
+    "DZ": ("D", "Z"),
+    "ZHC": ("Z", "HC"),
+    "DC": ("D", "C"),
+    "HCD": ("HC", "D"),
+    "DF": ("D", "F"),
+    "FD": ("F", "D"),
+    "EDF": ("D", "F"),  # each expert by itself
+    "EFD": ("F", "D"),
 }
 
 

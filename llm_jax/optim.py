@@ -97,7 +97,7 @@ def _muon(config: config_lib.OptimConfig) -> optax.GradientTransformation:
 
 def _match_adam_rms(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
     """Scales an orthogonal update to the root mean square of AdamW's, 0.2 an element."""
-    inputs, outputs = _MUON_SPLITS[dims.of_path(path)]
+    inputs, outputs = dims.MATRICES[dims.of_path(path)]
     sizes = dict(zip(reversed(inputs + outputs), reversed(update.shape)))
     fan_in = math.prod(sizes[letter] for letter in inputs)
     fan_out = math.prod(sizes[letter] for letter in outputs)
@@ -115,29 +115,11 @@ def _weight_dims(path: tuple[Any, ...]) -> str:
     return "" if "bias_" in name or "scale_" in name else dims.of_path(path)
 
 
-# How the letters of a layer's matrices split into inputs and outputs; what is missing here (tables,
-# head) is AdamW's.
-_MUON_SPLITS = {
-    "DKGC": ("D", "KGC"),
-    "DKC": ("D", "KC"),
-    "KGCD": ("KGC", "D"),
-    "DHC": ("D", "HC"),
-    "DZ": ("D", "Z"),
-    "ZHC": ("Z", "HC"),
-    "DC": ("D", "C"),
-    "HCD": ("HC", "D"),
-    "DF": ("D", "F"),
-    "FD": ("F", "D"),
-    "EDF": ("D", "F"),  # each expert by itself
-    "EFD": ("F", "D"),
-}
-
-
 def muon_labels(params: Any) -> Any:
     """Returns a tree of labels, `muon` or `adam`, one for each parameter."""
 
     def label(path, _):
-        return "muon" if _weight_dims(path) in _MUON_SPLITS else "adam"
+        return "muon" if _weight_dims(path) in dims.MATRICES else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
 
@@ -148,7 +130,7 @@ def muon_dimension_numbers(params: Any) -> Any:
     def numbers(path, leaf):
         letters = dims.of_path(path)
         offset = leaf.ndim - len(letters)
-        inputs, outputs = _MUON_SPLITS[letters]
+        inputs, outputs = dims.MATRICES[letters]
         return contrib.MuonDimensionNumbers(
             reduction_axis=tuple(offset + letters.index(letter) for letter in inputs),
             output_axis=tuple(offset + letters.index(letter) for letter in outputs),

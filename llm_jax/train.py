@@ -27,7 +27,9 @@ from llm_jax import flops
 from llm_jax import mesh as mesh_lib
 from llm_jax import metrics as metrics_lib
 from llm_jax import sharding
+from llm_jax import start
 from llm_jax import train_step
+from llm_jax import tuning
 from llm_jax.data import batch as batch_lib
 from llm_jax.data import objectives
 from llm_jax.data import pipeline
@@ -124,7 +126,7 @@ class Run:
         self._checkpoints = checkpoint.Checkpoints(
             workdir, config, prepared.tokenizer.to_dict(), prepared.labels
         )
-        self._state = self._first_state(rules, mesh)
+        self._state = self._first_state(rules, mesh, prepared.tokenizer.to_dict())
         self._first_step = int(self._state.step)
         self._writer = metrics_lib.Writer(workdir, self._first_step) if self._is_main else None
         self._train_step = train_step.make_train_step(config)
@@ -138,7 +140,7 @@ class Run:
             config.train.num_steps, per_token, peak and peak * mesh.devices.size
         )
 
-    def _first_state(self, rules, mesh) -> train_step.TrainState:
+    def _first_state(self, rules, mesh, tokenizer) -> train_step.TrainState:
         def init():
             return train_step.init_state(self._config, rules)
 
@@ -147,8 +149,16 @@ class Run:
         if state is not None:
             self._say(f"resumed from the checkpoint of step {int(state.step)}")
             return state
-        state = jax.jit(init)()
+        tuning.check(self._config, tuning.names(abstract.model))
+        if self._config.tune.start:
+            state, taken = start.state(self._config, rules, mesh, tokenizer)
+            self._say(f"starts from {taken}")
+        else:
+            state = jax.jit(init)()
         self._say(f"{flops.num_params(state.model):,} parameters, {backend.describe()}")
+        learns = tuning.describe(self._config, state.model)
+        if learns is not None:
+            self._say(learns)
         return state
 
     def _say(self, line: str) -> None:

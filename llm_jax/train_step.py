@@ -13,6 +13,7 @@ from llm_jax import config as config_lib
 from llm_jax import losses
 from llm_jax import optim
 from llm_jax import sharding
+from llm_jax import tuning
 from llm_jax.data import batch as batch_lib
 from llm_jax.kernels.cross_entropy import op as cross_entropy
 from llm_jax.kernels.flash_attention import ring
@@ -32,7 +33,7 @@ class TrainState:
       step: int32, updates tried so far, skipped ones included.
       num_skipped: int32, updates skipped because loss or gradient was not finite.
       model: the parameters.
-      opt_state: of optax.
+      opt_state: of optax, for the parameters that learn.
     """
 
     step: jax.Array
@@ -51,7 +52,7 @@ def init_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> Train
     model = build.make_model(jax.random.key(config.train.seed), config.model, rules)
     optimizer, _ = _optimizer(config)
     zero = jnp.zeros((), jnp.int32)
-    opt_state = optimizer.init(model)
+    opt_state = optimizer.init(tuning.split(config, model)[0])
     if config.optim.offload_state:
         opt_state = _moved(opt_state, jax.memory.Space.Host)
     return TrainState(zero, zero, model, opt_state)
@@ -165,6 +166,8 @@ def gradients(
 ) -> tuple[build.Model, losses.LossSums, Routed]:
     """Returns the gradient of the mean loss over the whole batch, its sums, and what routers did.
 
+    Parameters that do not learn have None for a gradient.
+
     Microbatches are weighted by their tokens: each adds its summed loss over the weight of the
     whole batch, which is known before, so accumulation equals one large batch however unevenly the
     weights fall. Losses of routers are the mean of the microbatches' own.
@@ -172,7 +175,10 @@ def gradients(
     batch, num_micro = _in_order(model, batch), config.optim.accumulation_steps
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
-    def loss(model, batch, key):
+    learned, still = tuning.split(config, model)
+
+    def loss(learned, batch, key):
+        model = tuning.join(learned, still)
         objective, *sums = _objective(config, model, batch, key if needs_key else None)
         of_routers = sum(jnp.sum(routed.loss) for routed in sums[1].values())
         return objective / weight + of_routers / num_micro, tuple(sums)
@@ -181,12 +187,12 @@ def gradients(
     needs_key = m.dropout or m.attention_dropout or m.moe.is_on
     gradient = jax.grad(loss, has_aux=True)
     if num_micro == 1:
-        grads, (sums, routed) = gradient(model, batch, key)
+        grads, (sums, routed) = gradient(learned, batch, key)
         return grads, sums, routed
 
     # The sum is float32 whatever the parameters are: many small terms would be lost in bfloat16.
     def accumulate(total, micro):
-        return jax.tree.map(jnp.add, total, gradient(model, *micro)), None
+        return jax.tree.map(jnp.add, total, gradient(learned, *micro)), None
 
     def zero(parameter):
         return jnp.zeros_like(parameter, jnp.float32)
@@ -197,10 +203,10 @@ def gradients(
     )
     keys = jax.random.split(key, num_micro)
     first = jax.tree.map(lambda x: x[0], (micro_batches, keys))
-    shapes = jax.eval_shape(loss, model, *first)[1]
-    zeros = jax.tree.map(zero, model), jax.tree.map(zero, shapes)
+    shapes = jax.eval_shape(loss, learned, *first)[1]
+    zeros = jax.tree.map(zero, learned), jax.tree.map(zero, shapes)
     (grads, (sums, routed)), _ = jax.lax.scan(accumulate, zeros, (micro_batches, keys))
-    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, model)
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, learned)
     return grads, sums, routed
 
 
@@ -224,8 +230,10 @@ def train_step(
         before = state.opt_state
         if config.optim.offload_state:
             before = _moved(before, jax.memory.Space.Device)
-        updates, opt_state = optimizer.update(grads, before, state.model)
-        model = optax.apply_updates(state.model, updates)
+        learned, still = tuning.split(config, state.model)
+        updates, opt_state = optimizer.update(grads, before, learned)
+        updates = tuning.scaled(updates, tuning.rates(config, learned))
+        model = tuning.join(optax.apply_updates(learned, updates), still)
         model = balance.moved(model, _moves(config.model.moe), routed)
     loss = sums.cross_entropy / jnp.maximum(sums.weight, 1.0)
     num_skipped = state.num_skipped

@@ -21,7 +21,9 @@ depend on how it is sharded.
 """
 
 from llm_jax.checkpoint.arrays import on_mesh
+from llm_jax.checkpoint.arrays import params_of
 from llm_jax.checkpoint.arrays import params_reader
+from llm_jax.checkpoint.arrays import read_params
 from llm_jax.checkpoint.arrays import restore_params
 from llm_jax.checkpoint.folder import BEST
 from llm_jax.checkpoint.folder import directory
@@ -51,10 +53,12 @@ __all__ = [
     "differences",
     "directory",
     "on_mesh",
+    "params_of",
     "params_reader",
     "parse_step",
     "read_latest",
     "read_meta",
+    "read_params",
     "restore_params",
     "save_params",
     "steps",

@@ -1,6 +1,7 @@
 """The arrays of a checkpoint, read onto any mesh and held to their fingerprints."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -63,6 +64,46 @@ def restore_params(
     targets = {contents.PARAMS: trees.to_nested(on_mesh(model, mesh))}
     mismatch.check_params(step_dir, meta, contents.of_tree(targets))
     return trees.from_nested(model, read_arrays(step_dir, meta, targets)[contents.PARAMS])
+
+
+def params_of(step_dir: epath.Path, meta: meta_lib.Meta) -> dict[str, meta_lib.ArrayInfo]:
+    """Returns the parameters of a checkpoint, without their values, by name.
+
+    Raises:
+      DamagedError: there is no telling which it has.
+    """
+    saved, _ = contents.read(step_dir, meta, (contents.PARAMS,))
+    return {path.partition("/")[2]: info for path, info in saved.items()}
+
+
+def read_params(
+    step_dir: epath.Path, meta: meta_lib.Meta, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads some parameters by name, onto the shardings of `targets`, and checks them.
+
+    Raises:
+      DamagedError: they cannot be read, or are not those that were saved.
+    """
+    item: dict[str, Any] = {}
+    for name, target in targets.items():
+        *parents, last = name.split("/")
+        place = item
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = target
+    args = ocp.args.PyTreeRestore(
+        item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    with meta_lib.damage_agreed(), meta_lib.telling_damage():
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        found = reader.restore(step_dir / contents.PARAMS, args)
+    arrays = {
+        "/".join(trees.path_keys(p)): x for p, x in jax.tree_util.tree_leaves_with_path(found)
+    }
+    for path, value in trees.fingerprints({contents.PARAMS: found}).items():
+        if meta.fingerprints.get(path) != value:
+            raise meta_lib.DamagedError(f"array {path} is not what was saved (fingerprint differs)")
+    return arrays
 
 
 def params_reader(

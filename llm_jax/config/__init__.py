@@ -45,6 +45,7 @@ from llm_jax.config.schema import TEXT_OBJECTIVES
 from llm_jax.config.schema import TOO_LONG
 from llm_jax.config.schema import CheckpointConfig
 from llm_jax.config.schema import DataConfig
+from llm_jax.config.schema import LoraConfig
 from llm_jax.config.schema import MeshConfig
 from llm_jax.config.schema import ModelConfig
 from llm_jax.config.schema import MoeConfig
@@ -52,6 +53,7 @@ from llm_jax.config.schema import ObjectiveConfig
 from llm_jax.config.schema import OptimConfig
 from llm_jax.config.schema import RunConfig
 from llm_jax.config.schema import TrainConfig
+from llm_jax.config.schema import TuneConfig
 from llm_jax.config.schema import rope_width
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "DataConfig",
     "HEADS",
     "KV_HEADS",
+    "LoraConfig",
     "MESH_AXES",
     "MeshConfig",
     "ModelConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "TEXT_OBJECTIVES",
     "TOO_LONG",
     "TrainConfig",
+    "TuneConfig",
     "ROUTERS",
     "DISPATCHES",
     "BALANCES",

@@ -18,6 +18,7 @@ def check(config: schema.RunConfig) -> None:
     _check_data(config)
     _check_objective_values(config)
     _check_optim(config)
+    _check_tune(config)
     _check_mesh(config.mesh)
     checks_moe.check_run(config)
     is_ring = config.mesh.context == "ring"
@@ -32,6 +33,25 @@ def check(config: schema.RunConfig) -> None:
             "config.mesh.context = 'ring' needs the logsumexp of attention, which model.attention ="
             " 'jax_nn' does not give; use attention = 'auto', or context = 'gather'"
         )
+
+
+def _check_tune(config: schema.RunConfig) -> None:
+    lora, tune, model = config.model.lora, config.tune, config.model
+    values.require_at_least("model.lora", lora, 0, "rank")
+    holds = math.isfinite(lora.alpha) and lora.alpha > 0
+    values.require(holds, "model.lora.alpha", lora.alpha, "it must be above 0 and finite")
+    if lora.is_on:
+        has_some = bool(lora.targets.replace(",", " ").strip())
+        values.require(has_some, "model.lora.targets", lora.targets, "name some, or '*' for all")
+    fewest = min(model.num_layers, model.decoder_layers)
+    values.require(
+        0 <= tune.frozen_layers <= fewest,
+        "tune.frozen_layers",
+        tune.frozen_layers,
+        f"it must be from 0 to {fewest}, the layers that there are",
+    )
+    holds = 0.0 < tune.layer_decay <= 1.0
+    values.require(holds, "tune.layer_decay", tune.layer_decay, "it must be above 0 and at most 1")
 
 
 def _check_model(m: schema.ModelConfig) -> None:

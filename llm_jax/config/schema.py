@@ -87,6 +87,20 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank updates of matrices that stay as they are (LoRA; Hu et al. 2022)."""
+
+    rank: int = 0  # 0: none
+    alpha: float = 16.0  # updates are scaled by alpha / rank
+    # Patterns, by commas, of "attention/q", "cross_attention/v", "mlp/up", ...; "*": all matrices of layers.
+    targets: str = "attention/q,attention/v"
+
+    @property
+    def is_on(self) -> bool:
+        return self.rank > 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and parts of a Transformer. Widths are in elements, lengths in tokens."""
 
@@ -170,6 +184,7 @@ class ModelConfig:
     scan_layers: bool | None = None  # None: scanned on accelerators, unrolled on a CPU
     remat: str = "none"  # offload: what layers begin with and attention gives waits in host memory
     moe: MoeConfig = MoeConfig()
+    lora: LoraConfig = LoraConfig()
 
     @property
     def decoder_layers(self) -> int:
@@ -282,6 +297,24 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """What a run starts from, and which parameters learn. Patterns are of paths as `inspect` prints them."""
+
+    # Workdir of the run whose parameters this one starts from, or of one that was converted; its latest
+    # checkpoint, or that of "WORKDIR@STEP" and "WORKDIR@best". "": parameters are drawn.
+    start: str = ""
+    # Patterns, by commas, of parameters that are drawn though there is a start, beside those it lacks: of
+    # heads and low-rank updates.
+    fresh: str = ""
+    # Patterns of parameters that learn; "": all, or with model.lora its updates and heads of labels.
+    learn: str = ""
+    freeze: str = ""  # patterns of those among them that do not
+    frozen_layers: int = 0  # so many of each stack, from below, and the embeddings do not learn
+    # A layer learns at this times the rate of the one above it, embeddings below the first one.
+    layer_decay: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length, cadence and safety of a run. Everything `_every` counts optimiser steps."""
 
@@ -330,6 +363,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
+    tune: TuneConfig = TuneConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()

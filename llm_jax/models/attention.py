@@ -1,5 +1,6 @@
 """Multi-head attention with grouped keys and values: to the tokens themselves, or to an encoder's."""
 
+import functools
 from typing import Any
 
 from flax import nnx
@@ -17,11 +18,14 @@ from llm_jax.kernels.flash_attention import op
 from llm_jax.kernels.flash_attention import pallas
 from llm_jax.models import context as context_lib
 from llm_jax.models import layers
+from llm_jax.models import lora
 from llm_jax.models import positions
 
 
 class Attention(nnx.Module):
     """Projections of queries, keys, values and output around `kernels.flash_attention`."""
+
+    kind = "attention"  # as settings call it
 
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         D, K, C = config.embed_dim, config.kv_heads, config.head_width
@@ -42,6 +46,7 @@ class Attention(nnx.Module):
         self.out_bias_D = layers.bias_param(config.use_bias, "out_bias_D", (D,), rules, dtype)
         self.q_norm = layers.HeadNorm(config, rules, "KG") if config.use_qk_norm else None
         self.k_norm = layers.HeadNorm(config, rules, "K") if config.use_qk_norm else None
+        self.lora = lora.make(self.kind, key, self, config, rules)
 
     def __call__(
         self,
@@ -86,7 +91,7 @@ class Attention(nnx.Module):
     def queries(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the queries [B, T, K, G, C], without positions."""
         heads, bias = self._heads, self.q_bias_KGC
-        weight = self._by_heads(self.q_DKGC[...], "DKGC", is_param=True)
+        weight = self._by_heads(lora.matrix(self, "q_DKGC")[...], "DKGC", is_param=True)
         bias = None if bias is None else self._by_heads(bias[...], "KGC", is_param=True)
         spec = self.rules.act(f"BT{heads}C")
         q = layers.project(f"BTD,D{heads}C->BT{heads}C", x_BTD, weight, bias, spec)
@@ -96,18 +101,20 @@ class Attention(nnx.Module):
     def keys(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the keys [B, T, K, C], without positions."""
         spec = self.rules.act("BTKC")
-        k_BTKC = layers.project("BTD,DKC->BTKC", x_BTD, self.k_DKC, self.k_bias_KC, spec)
+        weight = lora.matrix(self, "k_DKC")
+        k_BTKC = layers.project("BTD,DKC->BTKC", x_BTD, weight, self.k_bias_KC, spec)
         return k_BTKC if self.k_norm is None else self.k_norm(k_BTKC)
 
     def values(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the values [B, T, K, C]."""
         spec = self.rules.act("BTKC")
-        return layers.project("BTD,DKC->BTKC", x_BTD, self.v_DKC, self.v_bias_KC, spec)
+        weight = lora.matrix(self, "v_DKC")
+        return layers.project("BTD,DKC->BTKC", x_BTD, weight, self.v_bias_KC, spec)
 
     def out(self, y_BTKGC: jax.Array) -> jax.Array:
         """Returns what heads have gathered as one [B, T, D]."""
         heads, spec = self._heads, self.rules.act("BTD")
-        weight = self._by_heads(self.out_KGCD[...], "KGCD", is_param=True)
+        weight = self._by_heads(lora.matrix(self, "out_KGCD")[...], "KGCD", is_param=True)
         y = self._by_heads(y_BTKGC, "BTKGC")
         return layers.project(f"BT{heads}C,{heads}CD->BTD", y, weight, self.out_bias_D, spec)
 
@@ -120,10 +127,14 @@ class Attention(nnx.Module):
         """
         return "H" if self.rules.act("G")[0] is None else "KG"
 
-    def _by_heads(self, x: jax.Array, dims: str, is_param: bool = False) -> jax.Array:
+    def _by_heads(
+        self, x: jax.Array | lora.Updated, dims: str, is_param: bool = False
+    ) -> jax.Array | lora.Updated:
         """Returns an array of dimensions `dims`, with K and G as `_heads` has them."""
-        if self._heads == "KG":
+        if self._heads == "KG" or "K" not in dims:
             return x
+        if isinstance(x, lora.Updated):
+            return x.map(dims, functools.partial(self._by_heads, is_param=is_param))
         first = dims.index("K")
         shape = *x.shape[:first], -1, *x.shape[first + 2 :]
         spec_of = self.rules.param if is_param else self.rules.act
@@ -204,6 +215,8 @@ class CrossAttention(Attention):
     Neither positions nor biases: the mask alone says who sees whom. In generation keys and values are
     computed once and lie in a cache, of which each row's first tokens are seen by all queries.
     """
+
+    kind = "cross_attention"
 
     def __call__(
         self,

@@ -17,6 +17,7 @@ from llm_jax.kernels.decode_attention import op as decode_op
 from llm_jax.models import attention
 from llm_jax.models import context as context_lib
 from llm_jax.models import layers
+from llm_jax.models import lora
 from llm_jax.models import positions
 
 
@@ -54,6 +55,7 @@ class LatentAttention(nnx.Module):
             self.q_latent_norm = layers.LatentNorm(Z, config, rules)
             self.q_ZHC = param("q_ZHC", Z, H, C)
             self.q_rope_ZHC = param("q_rope_ZHC", Z, H, rotated)
+        self.lora = lora.make("attention", key, self, config, rules)
 
     def __call__(
         self,
@@ -77,7 +79,9 @@ class LatentAttention(nnx.Module):
         else:
             y_BTHC = self._attend_absorbed(q_BTHC, q_rope_BTHC, cache, context)
         spec = self.rules.act("BTD")
-        return layers.project("BTHC,HCD->BTD", y_BTHC, self.out_HCD, None, spec), cache
+        return layers.project(
+            "BTHC,HCD->BTD", y_BTHC, lora.matrix(self, "out_HCD"), None, spec
+        ), cache
 
     def queries(
         self, x_BTD: jax.Array, context: context_lib.Context
@@ -85,14 +89,22 @@ class LatentAttention(nnx.Module):
         """Returns of the queries what has no position and what is rotated, [B, T, H, C] each."""
         spec = self.rules.act("BTHC")
         if self.config.q_latent_dim is None:
-            q_BTHC = layers.project("BTD,DHC->BTHC", x_BTD, self.q_DHC, None, spec)
-            rotated_BTHC = layers.project("BTD,DHC->BTHC", x_BTD, self.q_rope_DHC, None, spec)
+            q_BTHC = layers.project("BTD,DHC->BTHC", x_BTD, lora.matrix(self, "q_DHC"), None, spec)
+            rotated_BTHC = layers.project(
+                "BTD,DHC->BTHC", x_BTD, lora.matrix(self, "q_rope_DHC"), None, spec
+            )
         else:
             act = self.rules.act("BTZ")
-            latent_BTZ = layers.project("BTD,DZ->BTZ", x_BTD, self.q_latent_DZ, None, act)
+            latent_BTZ = layers.project(
+                "BTD,DZ->BTZ", x_BTD, lora.matrix(self, "q_latent_DZ"), None, act
+            )
             latent_BTZ = self.q_latent_norm(latent_BTZ)
-            q_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, self.q_ZHC, None, spec)
-            rotated_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, self.q_rope_ZHC, None, spec)
+            q_BTHC = layers.project(
+                "BTZ,ZHC->BTHC", latent_BTZ, lora.matrix(self, "q_ZHC"), None, spec
+            )
+            rotated_BTHC = layers.project(
+                "BTZ,ZHC->BTHC", latent_BTZ, lora.matrix(self, "q_rope_ZHC"), None, spec
+            )
         return q_BTHC, self._rotated(rotated_BTHC, context)
 
     def latents(
@@ -101,8 +113,12 @@ class LatentAttention(nnx.Module):
         """Returns what keys and values are made of: normalised latents [B, T, Z] and the rotated part of
         all heads' keys [B, T, C]."""
         act = self.rules.act
-        latent_BTZ = layers.project("BTD,DZ->BTZ", x_BTD, self.latent_DZ, None, act("BTZ"))
-        k_rope_BTC = layers.project("BTD,DC->BTC", x_BTD, self.k_rope_DC, None, act("BTC"))
+        latent_BTZ = layers.project(
+            "BTD,DZ->BTZ", x_BTD, lora.matrix(self, "latent_DZ"), None, act("BTZ")
+        )
+        k_rope_BTC = layers.project(
+            "BTD,DC->BTC", x_BTD, lora.matrix(self, "k_rope_DC"), None, act("BTC")
+        )
         return self.latent_norm(latent_BTZ), self._rotated(k_rope_BTC, context)
 
     def _rotated(self, x: jax.Array, context: context_lib.Context) -> jax.Array:
@@ -118,8 +134,8 @@ class LatentAttention(nnx.Module):
     ) -> jax.Array:
         """Attends with keys and values of each head among the tokens of this pass."""
         spec = self.rules.act("BTHC")
-        k_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, self.k_ZHC, None, spec)
-        v_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, self.v_ZHC, None, spec)
+        k_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, lora.matrix(self, "k_ZHC"), None, spec)
+        v_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, lora.matrix(self, "v_ZHC"), None, spec)
         shape = *k_BTHC.shape[:3], k_rope_BTC.shape[-1]
         k_rope_BTHC = jnp.broadcast_to(k_rope_BTC[:, :, None], shape, out_sharding=spec)
         k_BTHC = jnp.concatenate([k_BTHC, k_rope_BTHC], axis=-1)
@@ -144,7 +160,7 @@ class LatentAttention(nnx.Module):
         `q . (k_ZHC^T z) = (k_ZHC q) . z`, and the sum of expanded values is the expanded sum of latents.
         """
         spec, (batch_size, num_queries) = self.rules.act("BTHC"), q_BTHC.shape[:2]
-        q_BTHZ = layers.project("BTHC,ZHC->BTHZ", q_BTHC, self.k_ZHC, None, spec)
+        q_BTHZ = layers.project("BTHC,ZHC->BTHZ", q_BTHC, lora.matrix(self, "k_ZHC"), None, spec)
         y_BTKGC = decode_op.attention(
             jnp.concatenate([q_BTHZ, q_rope_BTHC], axis=-1)[:, :, None],
             cache,
@@ -153,4 +169,6 @@ class LatentAttention(nnx.Module):
             window=context.window,
             **attention.scale(self.config),
         )
-        return layers.project("BTHZ,ZHC->BTHC", y_BTKGC[:, :, 0], self.v_ZHC, None, spec)
+        return layers.project(
+            "BTHZ,ZHC->BTHC", y_BTKGC[:, :, 0], lora.matrix(self, "v_ZHC"), None, spec
+        )

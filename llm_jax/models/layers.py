@@ -10,6 +10,7 @@ from llm_jax import dims
 from llm_jax import sharding
 from llm_jax.kernels import few_rows
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
+from llm_jax.models import lora
 
 
 def normal_param(
@@ -43,7 +44,7 @@ def bias_param(
 def project(
     equation: str,
     x: jax.Array,
-    weight: nnx.Param | jax.Array | few_rows.OutputsFirst,
+    weight: nnx.Param | jax.Array | few_rows.OutputsFirst | lora.Updated,
     bias: nnx.Param | jax.Array | None,
     out_sharding: PartitionSpec,
 ) -> jax.Array:
@@ -54,6 +55,8 @@ def project(
     weight = weight[...]
     if isinstance(weight, few_rows.OutputsFirst):
         y = jax.sharding.reshard(few_rows.multiply(equation, x, weight), out_sharding)
+    elif isinstance(weight, lora.Updated):
+        y = lora.multiply(equation, x, weight, out_sharding)
     else:
         y = jnp.einsum(equation, x, weight.astype(x.dtype), out_sharding=out_sharding)
     return y if bias is None else y + bias[...].astype(x.dtype)

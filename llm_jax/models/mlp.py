@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.models import layers
+from llm_jax.models import lora
 
 ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -41,17 +42,18 @@ class Mlp(nnx.Module):
             has_bias and config.is_gated, "gate_bias_F", (F,), rules, dtype
         )
         self.out_bias_D = layers.bias_param(has_bias, "out_bias_D", (D,), rules, dtype)
+        self.lora = lora.make("mlp", key, self, config, rules)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns [B, T, D]."""
         activate = ACTIVATIONS[self.activation]
         spec = self.rules.act("BTF")
-        up_BTF = layers.project("BTD,DF->BTF", x_BTD, self.up_DF, self.up_bias_F, spec)
+        up, out = lora.matrix(self, "up_DF"), lora.matrix(self, "out_FD")
+        up_BTF = layers.project("BTD,DF->BTF", x_BTD, up, self.up_bias_F, spec)
         if self.gate_DF is None:
             h_BTF = activate(up_BTF)
         else:
-            gate_BTF = layers.project("BTD,DF->BTF", x_BTD, self.gate_DF, self.gate_bias_F, spec)
+            gate = lora.matrix(self, "gate_DF")
+            gate_BTF = layers.project("BTD,DF->BTF", x_BTD, gate, self.gate_bias_F, spec)
             h_BTF = activate(gate_BTF) * up_BTF
-        return layers.project(
-            "BTF,FD->BTD", h_BTF, self.out_FD, self.out_bias_D, self.rules.act("BTD")
-        )
+        return layers.project("BTF,FD->BTD", h_BTF, out, self.out_bias_D, self.rules.act("BTD"))

@@ -12,6 +12,7 @@ from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.models import build
+from llm_jax.models import lora
 from llm_jax.sampling import decode
 
 _LOG = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded
         with jax.set_mesh(mesh):
             abstract = build.abstract_model(meta.config.model, rules)
             model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
+            if meta.config.model.lora.is_on:
+                model = lora.merge(model, meta.config.model, rules)
             prepared = decode.prepare_model(model)
         return Loaded(prepared, tokenizer_lib.from_dict(meta.tokenizer), mesh, meta.step)
 

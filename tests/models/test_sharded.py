@@ -31,6 +31,7 @@ MODELS = {
     "t5": helpers.T5 | {"dropout": 0.2},
     "gemma3": helpers.GEMMA3,
     "latents": helpers.LATENTS | {"attention": "chunked", "attention_chunk": 8},
+    "lora": {"lora": config_lib.LoraConfig(rank=2, targets="*")},
     "experts": helpers.EXPERTS,
     "switch": helpers.SWITCH,
 }
@@ -72,6 +73,7 @@ _MESHES_OF = {
     "token_labels": ("fsdp_tp_seq",),
     "span": ("fsdp_tp_seq",),
     "prefix": ("fsdp_tp_seq", "multislice_ring"),
+    "lora": ("fsdp_tp_seq", "multislice"),
     "experts": ("fsdp_tp_seq", "fsdp_cp_ring", "fsdp_ep", "fsdp_ep_tp", "fsdp_ep_seq"),
     "switch": ("fsdp_tp_seq", "fsdp_ep_tp", "fsdp_ep_seq"),
     "gemma3": ("fsdp_seq", "fsdp_tp_seq", "multislice_ring"),
@@ -93,7 +95,10 @@ def _config(model, **sections):
     train = {"z_loss": 0.05, "cross_entropy_chunk": 3}
     train["cross_entropy"] = "reference" if model in ("gpt2", "bert") else "chunked"
     objective = {"name": "prefix" if model == "prefix" else "causal"}
-    return helpers.tiny_run_config(MODELS[model], train=train, objective=objective, **sections)
+    tune = {"learn": "*"}
+    return helpers.tiny_run_config(
+        MODELS[model], train=train, objective=objective, tune=tune, **sections
+    )
 
 
 @functools.cache
