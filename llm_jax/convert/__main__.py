@@ -3,6 +3,8 @@
     python -m llm_jax.convert from-hf DIR WORKDIR
     python -m llm_jax.convert from-gguf FILE WORKDIR
     python -m llm_jax.convert to-hf WORKDIR DIR
+    python -m llm_jax.convert to-peft WORKDIR DIR       # low-rank updates alone, as PEFT has them
+    python -m llm_jax.convert merge WORKDIR WORKDIR     # adds them to their matrices
 
 Nothing is downloaded, and pickles are never read.
 """
@@ -17,13 +19,14 @@ from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax.convert import adapters
 from llm_jax.convert import exporting
 from llm_jax.convert import gguf_file
 from llm_jax.convert import importing
 from llm_jax.convert import source as source_lib
 from llm_jax.convert import tokenizer_files
 
-_COMMANDS = ("from-hf", "from-gguf", "to-hf")
+_COMMANDS = ("from-hf", "from-gguf", "to-hf", "to-peft", "merge")
 _TOKENIZERS = ("auto", tokenizer_files.NONE)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -49,7 +52,16 @@ def main() -> None:
     # The parameters of a checkpoint restore on any mesh, so that an accelerator is of no use here.
     jax.config.update("jax_platforms", "cpu")
     origin, target = command.argument("SOURCE"), command.argument("TARGET")
-    print(_export(origin, target) if name == "to-hf" else _import(name, origin, target))
+    if name == "to-hf":
+        print(_export(origin, target))
+    elif name == "to-peft":
+        step = checkpoint.parse_step(flags.FLAGS.step)
+        folder = _local(target)
+        print(adapters.export_adapter(origin, folder, step, flags.FLAGS.family))
+    elif name == "merge":
+        print(adapters.merge(origin, target, checkpoint.parse_step(flags.FLAGS.step)))
+    else:
+        print(_import(name, origin, target))
 
 
 def _import(name: str, origin: str, target: str) -> str:
@@ -76,10 +88,14 @@ def _export(source: str, target: str) -> str:
         raise errors.UserError(f"--max_shard_size={given.max_shard_size}: use a size such as 5GB")
     num_bytes = int(size[1]) * _UNITS[size[2] or ""]
     options = exporting.Options(given.family, given.dtype, num_bytes)
+    step = checkpoint.parse_step(given.step)
+    return exporting.export_model(source, _local(target), step, options)
+
+
+def _local(target: str) -> pathlib.Path:
     if "://" in target:
         raise errors.UserError(f"{target}: models are written to local folders; copy it from there")
-    folder = pathlib.Path(target).expanduser().absolute()
-    return exporting.export_model(source, folder, checkpoint.parse_step(given.step), options)
+    return pathlib.Path(target).expanduser().absolute()
 
 
 def _choice(flag: str, value: str, choices: tuple[str, ...]) -> None:

@@ -62,39 +62,56 @@ def export_model(
       errors.UserError: there is no such checkpoint, the folder is a file or not empty, or the family has
         no such model.
     """
-    if folder.exists() and not folder.is_dir():
-        raise errors.UserError(f"{folder} is a file: name a folder that is to be made")
-    if folder.exists() and any(folder.iterdir()):
-        raise errors.UserError(f"{folder} is not empty: use another folder")
-    mesh_config = config_lib.MeshConfig(rules="fsdp")
-    rules = sharding.axis_rules(mesh_config)
-    mesh = mesh_lib.make(mesh_config, jax.devices()[:1])
+    check_new(folder)
+    mesh, rules = one_device()
 
     def read(step_dir: epath.Path, meta: checkpoint.Meta) -> str:
+        if meta.config.model.lora.is_on:
+            raise errors.UserError(
+                f"{step_dir} has low-rank updates beside its matrices: add them up by python -m"
+                " llm_jax.convert merge, or write them alone by to-peft"
+            )
         with jax.set_mesh(mesh):
             abstract = build.abstract_model(meta.config.model, rules)
-        family = _family(meta, abstract, options.family)
+        family = family_of(meta, meta.config.model, abstract, options.family)
         export = Export(meta, family, abstract, options)
-        _write_whole(folder, export, checkpoint.params_reader(step_dir, meta, abstract))
+        read_param = checkpoint.params_reader(step_dir, meta, abstract)
+        write_whole(folder, lambda temporary: export.write(temporary, read_param))
         return f"{step_dir}, as {family.model_type} in {export.dtype}, is {folder}"
 
     return checkpoint.read_latest(workdir, step, read)
 
 
-def _write_whole(folder: pathlib.Path, export: "Export", read: ReadParam) -> None:
+def check_new(folder: pathlib.Path) -> None:
+    """Checks that a folder is none yet, or empty; raises UserError."""
+    if folder.exists() and not folder.is_dir():
+        raise errors.UserError(f"{folder} is a file: name a folder that is to be made")
+    if folder.exists() and any(folder.iterdir()):
+        raise errors.UserError(f"{folder} is not empty: use another folder")
+
+
+def one_device() -> tuple[jax.sharding.Mesh, sharding.AxisRules]:
+    """Returns a mesh of one device, and rules by which parameters lie on it whole."""
+    mesh_config = config_lib.MeshConfig(rules="fsdp")
+    return mesh_lib.make(mesh_config, jax.devices()[:1]), sharding.axis_rules(mesh_config)
+
+
+def write_whole(folder: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
     """Writes beside the folder, which gets its name when all is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        export.write(temporary, read)
+        write(temporary)
         temporary.chmod(0o755)  # mkdtemp's is the owner's alone
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _family(meta: checkpoint.Meta, abstract: Any, asked: str | None) -> table.Family:
-    """Returns the family to write; UserError if it is not clear which."""
+def family_of(
+    meta: checkpoint.Meta, model: config_lib.ModelConfig, abstract: Any, asked: str | None
+) -> table.Family:
+    """Returns the family to write of an abstract model; UserError if it is not clear which."""
     if asked is None and meta.source is not None:
         asked = meta.source["family"]
     if asked is not None:
@@ -107,8 +124,8 @@ def _family(meta: checkpoint.Meta, abstract: Any, asked: str | None) -> table.Fa
     fitting = []
     for family in families.BY_TYPE.values():
         try:
-            names = engine.Plan(family, meta.config.model, abstract).slots
-            settings.to_theirs(family.settings, meta.config.model, {}, names, family.model_type)
+            names = engine.Plan(family, model, abstract).slots
+            settings.to_theirs(family.settings, model, {}, names, family.model_type)
         except errors.UserError:
             continue
         fitting.append(family)

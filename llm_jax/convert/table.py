@@ -49,21 +49,22 @@ class Part:
     def shape(self, ours: Shape) -> Shape:
         """Returns the shape of theirs, of that of ours."""
         sizes = dict(zip(self.ours, ours, strict=True))
-        return tuple(math.prod(sizes[letter] for letter in group) for group in self._groups())
+        return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups())
 
     def to_ours(self, theirs: np.ndarray, ours: Shape) -> np.ndarray:
         """Returns a view of `theirs` in the order and shape of ours."""
-        sizes, letters = dict(zip(self.ours, ours, strict=True)), "".join(self._groups())
+        sizes, letters = dict(zip(self.ours, ours, strict=True)), "".join(self.groups())
         unmerged = theirs.reshape([sizes[letter] for letter in letters])
         return unmerged.transpose([letters.index(letter) for letter in self.ours])
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
         """Returns the tensor of ours; a view where the layout allows it."""
-        letters = "".join(self._groups())
+        letters = "".join(self.groups())
         ordered = ours.transpose([self.ours.index(letter) for letter in letters])
         return ordered.reshape(self.shape(ours.shape))
 
-    def _groups(self) -> list[str]:
+    def groups(self) -> list[str]:
+        """Returns the letters of ours that each of their dimensions holds, in its order."""
         groups = re.findall(r"\((\w+)\)|(\w)", self.layout)
         return [(merged or single).replace("1", "") for merged, single in groups]
 

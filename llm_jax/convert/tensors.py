@@ -205,6 +205,7 @@ class Writer:
         infos: Mapping[str, TensorInfo],
         metadata: Mapping[str, str],
         max_bytes: int,
+        name: str = "model",
     ):
         """Makes files of the full size.
 
@@ -213,13 +214,16 @@ class Writer:
           infos: of all tensors, in the order in which files have them.
           metadata: of the files.
           max_bytes: of a shard; what fits into one is a single file.
+          name: that of the files begin with.
         """
         self._places: dict[str, _Place] = {}
         shards = split(infos, max_bytes)
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        names = names if len(shards) > 1 else [SINGLE]
-        for name, shard in zip(names, shards):
-            self._make_file(folder / name, shard, metadata)
+        names = [
+            f"{name}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+        names = names if len(shards) > 1 else [f"{name}.safetensors"]
+        for file, shard in zip(names, shards):
+            self._make_file(folder / file, shard, metadata)
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(info.num_bytes for info in infos.values())},
