@@ -60,6 +60,43 @@ def label_terms(
     return next_token_terms(logits, targets)[0]
 
 
+def contrastive_sums(
+    first_BD: jax.Array,
+    second_BD: jax.Array,
+    weights_B: jax.Array,
+    *,
+    temperature: float,
+    is_symmetric: bool,
+) -> LossSums:
+    """Sums the loss of finding each text's partner among the partners of all, in nats.
+
+    The cross-entropy of a softmax over cosines (InfoNCE; van den Oord et al. 2018, section 2.3), with the
+    other pairs of the batch, on whichever device, as what is wrong (Henderson et al. 2017, section 4.4).
+
+    Args:
+      first_BD, second_BD: float32 vectors of unit length of the two texts of each pair.
+      weights_B: float32, 0 for pairs that are padding: they are nobody's candidates either.
+      temperature: that cosines are divided by.
+      is_symmetric: whether the mean is taken with the loss of finding the first of the second.
+    """
+    rows = jax.typeof(weights_B).sharding.spec
+    numbers_B = jax.sharding.reshard(jnp.arange(weights_B.shape[0]), rows)
+    weights_S = jax.sharding.reshard(weights_B, jax.P(None))
+
+    def terms_B(own_BD, others_BD):
+        others_SD = jax.sharding.reshard(others_BD, jax.P(None, None))
+        cosines_BS = jnp.einsum("BD,SD->BS", own_BD, others_SD, precision="highest")
+        logits_BS = jnp.where(weights_S > 0, cosines_BS / temperature, -1e30)
+        return next_token_terms(logits_BS, numbers_B)[0]
+
+    terms = terms_B(first_BD, second_BD)
+    if is_symmetric:
+        terms = (terms + terms_B(second_BD, first_BD)) / 2
+    # A row of padding has no candidate of its own: its term is beyond counting, and must not be.
+    terms = jnp.where(weights_B > 0, terms, 0.0)
+    return weighted_sums(terms, jnp.zeros_like(terms), weights_B)
+
+
 def weighted_sums(
     cross_entropy_BT: jax.Array, log_z_BT: jax.Array, weights_BT: jax.Array
 ) -> LossSums:

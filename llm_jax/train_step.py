@@ -139,6 +139,15 @@ def _objective(
 
     Losses of routers are not among these sums.
     """
+    if config.objective.name == "contrastive":
+        x_BTD, routed = states(config, model, batch, key)
+        pair = [model.embeddings(x_BTD, batch.segments, number) for number in (1, 2)]
+        how = {
+            "temperature": config.objective.temperature,
+            "is_symmetric": config.objective.is_symmetric,
+        }
+        sums = losses.contrastive_sums(*pair, batch.weights, **how)
+        return sums.cross_entropy, sums, routed
     if config.model.head == "lm":
         tokens, routed = token_losses(config, model, batch, key)
         terms = (tokens.cross_entropy_BT, tokens.log_z_BT)

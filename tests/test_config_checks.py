@@ -282,7 +282,8 @@ def test_choices(path, choices):
         ("encoder_decoder", "lm", "prefix", ["'prefix'", "span_corruption, ul2, seq2seq"]),
         ("encoder", "lm", "token", ["'token'", "it needs model.head = 'token'"]),
         ("encoder", "span", "mlm", ["'mlm'", "model.head = 'span' takes span"]),
-        ("encoder", "none", "mlm", ["model.head = 'none'", "use lm"]),
+        ("encoder", "none", "mlm", ["model.head = 'none'", "it needs model.head = 'lm'"]),
+        ("encoder", "lm", "contrastive", ["it needs model.head = 'none'"]),
     ],
 )
 def test_objective_that_the_model_does_not_take(architecture, head, objective, parts):
@@ -309,11 +310,13 @@ def test_packing_that_the_objective_does_not_take(objective, packing):
     [
         ("token", {"input_fields": "a,b"}, ["data.input_fields = 'a,b'", "list of words"]),
         ("span", {"input_fields": "a"}, ["data.input_fields = 'a'", "question,context"]),
+        ("contrastive", {"input_fields": "a,b"}, ["data.input_fields = 'a,b'", "takes one"]),
         ("sequence", {"source": "text:x"}, ["data.source = 'text:x'", "jsonl:GLOB"]),
     ],
 )
 def test_examples_that_the_objective_does_not_take(objective, data, parts):
-    model = config_lib.ModelConfig(architecture="encoder", head=objective)
+    head = "none" if objective == "contrastive" else objective
+    model = config_lib.ModelConfig(architecture="encoder", head=head)
     config = config_lib.RunConfig(
         model=model,
         data=config_lib.DataConfig(**data),
@@ -341,8 +344,9 @@ def test_each_objective_is_for_some_model():
         except errors.UserError:
             continue
         taken.add((architecture, objective))
-        assert (head == objective) == (head != "lm")
-    assert len(taken) == 8 + 4 + 3
+        wanted = {"contrastive": "none"} | {name: name for name in config_lib.HEADS}
+        assert head == (wanted[objective] if objective in wanted else "lm")
+    assert len(taken) == 9 + 5 + 3
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,14 @@ RECORDS = [
         "words": ["New", "York", "is", str(i)],
         "tags": ["B", "I", "O", "O"],
         "question": "Which number?",
+        "question_of": f"where is {i}",
         "answer": {"text": [str(i)], "answer_start": [5]},
     }
     for i in range(60)
 ]
 EXAMPLES = {
     "seq2seq": {"target_field": "label"},
+    "contrastive": {"input_fields": "question_of", "target_field": "text"},
     "sequence": {},
     "token": {"input_fields": "words", "target_field": "tags"},
     "span": {"input_fields": "question,text", "target_field": "answer"},
@@ -38,6 +40,7 @@ def _config(folder, objective, architecture, **model):
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
     is_text = objective in config_lib.TEXT_OBJECTIVES
     head = objective if objective in ("sequence", "token", "span") else "lm"
+    head = "none" if objective == "contrastive" else head
     shape = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_labels": 3, "head": head}
     config = config_lib.RunConfig(
         model=config_lib.ModelConfig(
@@ -67,6 +70,8 @@ def _config(folder, objective, architecture, **model):
         ("mlm", "encoder", {"num_token_types": 2}),
         ("span_corruption", "encoder_decoder", {}),
         ("sequence", "encoder", {}),
+        ("contrastive", "encoder", {"pooling": "mean"}),
+        pytest.param("contrastive", "decoder", {"pooling": "last"}, marks=LONG),
         pytest.param("span", "encoder", {"num_token_types": 2}, marks=LONG),
         pytest.param("prefix", "decoder", {}, marks=LONG),
         pytest.param("span_corruption", "decoder", {}, marks=LONG),

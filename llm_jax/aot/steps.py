@@ -60,6 +60,9 @@ def abstract_batch(
         dtype = jnp.float32 if is_regression else jnp.int32
         targets = array(dtype, *(2,) * (model.head == "span"), dims="B")
         batch = batch._replace(targets=targets, weights=array(jnp.float32, dims="B"))
+    if config.objective.name == "contrastive":
+        targets = array(jnp.int32, dims="B")
+        batch = batch._replace(targets=targets, weights=array(jnp.float32, dims="B"))
     return batch
 
 

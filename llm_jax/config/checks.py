@@ -273,6 +273,7 @@ def _check_objective_values(config: schema.RunConfig) -> None:
         value = getattr(o, name)
         values.require(0.0 < value < 1.0, f"objective.{name}", value, "use (0, 1)")
     values.require_at_least("objective", o, 1, "mean_span_length", "target_length", "num_sentinels")
+    values.require(o.temperature > 0.0, "objective.temperature", o.temperature, "use one above 0")
     values.require(
         o.min_prefix <= o.max_prefix,
         "objective.min_prefix",
@@ -304,22 +305,14 @@ def check_objective(config: schema.RunConfig) -> None:
       errors.UserError: names the field, its value and what would do.
     """
     name, m, packing = config.objective.name, config.model, config.data.packing
-    values.require(
-        m.head != "none", "model.head", m.head, "there is no loss of bare states; use lm"
-    )
-    is_label = name in schema.LABEL_OBJECTIVES
-    suited = [
-        one
-        for one in schema.OBJECTIVES_OF[m.architecture]
-        if m.head == ("lm" if one not in schema.LABEL_OBJECTIVES else one)
-    ]
-    need = f"; it needs model.head = {name!r}" if is_label and m.head != name else ""
+    suited = [one for one in schema.OBJECTIVES_OF[m.architecture] if m.head == _head_of(one)]
+    need = f"; it needs model.head = {_head_of(name)!r}" if m.head != _head_of(name) else ""
     values.require(
         name in suited,
         "objective.name",
         name,
         f"model.architecture = {m.architecture!r} with model.head = {m.head!r} takes"
-        f" {', '.join(suited)}{need}",
+        f" {', '.join(suited) or 'none'}{need}",
     )
     packings = ("packed", "concat") if name in schema.TEXT_OBJECTIVES else ("packed", "none")
     values.require(
@@ -330,6 +323,12 @@ def check_objective(config: schema.RunConfig) -> None:
     )
     if name not in schema.TEXT_OBJECTIVES:
         _check_examples(config.data, name)
+
+
+def _head_of(objective: str) -> str:
+    if objective == "contrastive":
+        return "none"
+    return objective if objective in schema.LABEL_OBJECTIVES else "lm"
 
 
 def _check_examples(d: schema.DataConfig, name: str) -> None:
@@ -345,6 +344,12 @@ def _check_examples(d: schema.DataConfig, name: str) -> None:
         "data.input_fields",
         d.input_fields,
         "objective.name = 'token' takes the one field that has the list of words",
+    )
+    values.require(
+        name != "contrastive" or num_fields == 1,
+        "data.input_fields",
+        d.input_fields,
+        "objective.name = 'contrastive' takes one; data.target_field is that of the text beside it",
     )
     values.require(
         name != "span" or num_fields == 2,

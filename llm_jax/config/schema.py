@@ -19,10 +19,10 @@ PACKINGS = ("packed", "concat", "none")
 TOO_LONG = ("truncate", "refuse")
 TEXT_OBJECTIVES = ("causal", "prefix", "mlm", "span_corruption", "ul2")
 LABEL_OBJECTIVES = ("sequence", "token", "span")  # each with the head of its name
-OBJECTIVES = (*TEXT_OBJECTIVES, "seq2seq", *LABEL_OBJECTIVES)
+OBJECTIVES = (*TEXT_OBJECTIVES, "seq2seq", "contrastive", *LABEL_OBJECTIVES)
 OBJECTIVES_OF = {  # by architecture
     "decoder": tuple(name for name in OBJECTIVES if name != "mlm"),
-    "encoder": ("mlm", *LABEL_OBJECTIVES),
+    "encoder": ("mlm", "contrastive", *LABEL_OBJECTIVES),
     "encoder_decoder": ("span_corruption", "ul2", "seq2seq"),
 }
 OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
@@ -273,6 +273,8 @@ class ObjectiveConfig:
     max_prefix: float = 1.0
     target_length: int = 128  # tokens of a decoder's row, for an encoder-decoder
     num_sentinels: int = 100  # that a tokenizer without its own is given (span_corruption, ul2)
+    temperature: float = 0.05  # contrastive: that cosines are divided by
+    is_symmetric: bool = True  # contrastive: the second text of a pair looks for the first as well
     is_input_bidirectional: bool = False  # decoders: inputs before targets see each other both ways
 
 

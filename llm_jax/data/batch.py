@@ -11,7 +11,7 @@ class Batch(NamedTuple):
 
     Fields are [B, T], but for those of an encoder-decoder's encoder, [B, S], and for labels of whole
     rows: targets of a sequence are [B] (int32, float32 in a regression), those of a span [B, 2] (its
-    first and last token); their weights are [B]. They are numpy from the pipeline, `jax.Array` once
+    first and last token); their weights are [B], and those of pairs, whose targets nobody reads. They are numpy from the pipeline, `jax.Array` once
     they are on the mesh, and None where a model does not take them.
     """
 

@@ -2,6 +2,7 @@
 
     objective   data.target_field                                     column `target`
     seq2seq     text                                                  its tokens
+    contrastive text                                                  its tokens
     sequence    a label (string, or a number from 0), or a number     its number, or the number
     token       a label for each word of a list                       of each token; -1 but for first ones
     span        {"text": ..., "answer_start": ...} as SQuAD has it    first and last token; none: -1, -1
@@ -28,6 +29,8 @@ from llm_jax.data import tokenizer as tokenizer_lib
 _CHUNK = 1024
 
 NO_LABEL = -1
+
+_WITH_TEXT = ("seq2seq", "contrastive")  # objectives whose target is a text
 
 Records = Iterable[tuple[str, dict[str, Any]]]
 
@@ -56,7 +59,7 @@ def dtypes(config: config_lib.RunConfig, vocab_size: int) -> dict[str, str]:
     """Returns the type of each column."""
     tokens = token_cache.smallest_dtype(vocab_size).name
     count = len(input_fields(config.data))
-    target = tokens if config.objective.name == "seq2seq" else "int32"
+    target = tokens if config.objective.name in _WITH_TEXT else "int32"
     return {f"input_{i}": tokens for i in range(count)} | {
         "target": "float32" if is_regression(config) else target
     }
@@ -129,13 +132,13 @@ def columns(
     fields = [*input_fields(config.data), config.data.target_field]
     records = sources.records(config.data, split, fields)
     name, inputs, target = config.objective.name, fields[:-1], fields[-1]
-    if name in ("seq2seq", "sequence"):
-        texts = [*inputs, target] if name == "seq2seq" else inputs
+    if name in (*_WITH_TEXT, "sequence"):
+        texts = [*inputs, target] if name in _WITH_TEXT else inputs
         for chunk in _chunks(records):
             encoded = [_encoded(tokenizer, chunk, field) for field in texts]
             for index, (place, record) in enumerate(chunk):
                 example = {f"input_{i}": encoded[i][index] for i in range(len(inputs))}
-                if name == "seq2seq":
+                if name in _WITH_TEXT:
                     example["target"] = encoded[-1][index]
                 else:
                     example["target"] = _sequence_target(config, record[target], labels, place)

@@ -104,6 +104,16 @@ def records(
             yield place, {field: record[field] for field in fields}
 
 
+def objects(pattern: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields the objects of JSONL files, whole: those of a glob, which have some fields.
+
+    Raises:
+      errors.UserError: no such file, or a line that is no object or lacks a field.
+    """
+    for place, line in _jsonl_lines(Source("jsonl", pattern)):
+        yield _jsonl_record(line, fields, place)
+
+
 def identity(data_config: config_lib.DataConfig, split: str) -> str:
     """Returns a string that changes when the documents of this split do; reads no documents.
 

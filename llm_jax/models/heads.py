@@ -136,8 +136,17 @@ class Reader(nnx.Module):
         x_B1D = layers.dropout(x_BD[:, None], self.config.dropout, key, jnp.zeros(1, jnp.int32))
         return self.labels(x_B1D[:, 0])
 
+    def embeddings(self, x_BTD: jax.Array, segments_BT: jax.Array, segment: int) -> jax.Array:
+        """Returns a vector of unit length for the text of each row that is one segment, float32 [B, D]."""
+        is_own_BT = jnp.where(segments_BT == segment, segments_BT, 0)
+        x_BD = self.pooled(x_BTD, is_own_BT).astype(jnp.float32)
+        return x_BD * jax.lax.rsqrt(jnp.maximum(jnp.sum(x_BD * x_BD, 1, keepdims=True), 1e-12))
+
     def pooled(self, x_BTD: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
-        """Returns the state that stands for a sequence, [B, D], by `config.pooling`."""
+        """Returns the state that stands for a sequence, [B, D], by `config.pooling`.
+
+        Of each row, those of its text: where `segments_BT` is above 0.
+        """
         num_tokens = x_BTD.shape[1]
         places_1T = jnp.arange(num_tokens)[None]
         if segments_BT is None:
@@ -147,9 +156,12 @@ class Reader(nnx.Module):
         if self.config.pooling == "mean":
             share_BT = is_text_BT / jnp.maximum(jnp.sum(is_text_BT, 1, keepdims=True), 1)
         else:
-            is_first = self.config.pooling == "first"
-            last_B1 = jnp.max(jnp.where(is_text_BT, places_1T, 0), axis=1, keepdims=True)
-            share_BT = places_1T == (0 if is_first else last_B1)
+            if self.config.pooling == "first":
+                wanted_B1 = jnp.argmax(is_text_BT, axis=1, keepdims=True)
+            else:
+                places_BT = jnp.where(is_text_BT, places_1T, 0)
+                wanted_B1 = jnp.max(places_BT, axis=1, keepdims=True)
+            share_BT = places_1T == wanted_B1
         # A product instead of an index: it works wherever the sequence lies.
         spec = self.rules.act("BD")
         share_BT = jnp.broadcast_to(share_BT, x_BTD.shape[:2]).astype(jnp.float32)

@@ -46,7 +46,9 @@ def _cache(inputs, targets, dtype=np.int32):
 
 def _stage(cache, objective, architecture, *, length=32, target_length=16, **changes):
     model = {"architecture": architecture, "vocab_size": 512}
-    model |= {"head": objective if objective != "seq2seq" else "lm", "decoder_start_id": 7}
+    heads = {"seq2seq": "lm", "contrastive": "none"}
+    head = heads[objective] if objective in heads else objective
+    model |= {"head": head, "decoder_start_id": 7}
     data = {"sequence_length": length, "input_fields": ",".join("ab"[: len(cache.inputs)])}
     settings = {"name": objective, "target_length": target_length}
     for name, value in changes.items():
@@ -321,6 +323,21 @@ def test_evaluation_is_every_example_once(num_items):
     targets = np.concatenate([batch.targets for batch in batches])
     assert weights.sum() == num_items and len(weights) % 4 == 0
     assert targets[weights > 0].tolist() == [i % 2 for i in range(num_items)]
+
+
+def test_pairs_are_two_texts_of_a_row_that_do_not_see_each_other():
+    cache = _cache([[[1, 2, 3], [4], list(range(1, 60))]], [[5, 6], [7], list(range(100, 140))])
+    stage = _stage(cache, "contrastive", "encoder", length=16)
+    batch = _batch(stage, [1, 0, -1, 2])
+    cls, sep = stage._first[0], stage._sep
+    assert batch.tokens[0, :6].tolist() == [cls, 4, sep, cls, 7, sep]
+    assert batch.tokens[1, :9].tolist() == [cls, 1, 2, 3, sep, cls, 5, 6, sep]
+    assert batch.segments[1].tolist() == [1] * 5 + [2] * 4 + [0] * 7
+    assert batch.positions[1].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3] + [0] * 7
+    assert batch.weights.tolist() == [1.0, 1.0, 0.0, 1.0]
+    # Both are cut to what fits beside four special tokens.
+    assert batch.tokens[3, 1:7].tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.tokens[3, 9:15].tolist() == list(range(100, 106))
 
 
 # --- what plans assume ------------------------------------------------------------------------

@@ -7,7 +7,7 @@
 randomness follows from (`draws`). So a batch is a function of (seed, step), whatever hosts there are.
 
     causal, prefix, mlm, span_corruption, ul2     of text
-    seq2seq, sequence, token_labels, span         of examples
+    seq2seq, pairs, sequence, token_labels, span  of examples
     draws, rows, spans, examples, plan            what they share
 """
 
@@ -19,6 +19,7 @@ from llm_jax.data import token_cache
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.objectives import causal
 from llm_jax.data.objectives import mlm
+from llm_jax.data.objectives import pairs
 from llm_jax.data.objectives import prefix
 from llm_jax.data.objectives import seq2seq
 from llm_jax.data.objectives import sequence
@@ -41,6 +42,7 @@ _STAGES: dict[str, Callable[..., Stage]] = {
     "span_corruption": span_corruption.SpanCorruption,
     "ul2": ul2.MixtureOfDenoisers,
     "seq2seq": seq2seq.Seq2Seq,
+    "contrastive": pairs.Pairs,
     "sequence": sequence.Sequence,
     "token": token_labels.TokenLabels,
     "span": span.Span,
