@@ -1,15 +1,18 @@
-"""One pass over a split, and the command `python -m llm_jax.evaluate --workdir=...`.
+"""One pass over a split, and the command `python -m llm_jax.evaluate --workdir=... [--tasks=...]`.
 
 The command scores a finished or running experiment's checkpoint with the config that the
-checkpoint carries; `--config.x.y=z` is not needed and not taken.
+checkpoint carries; `--config.x.y=z` is not needed and not taken. Tasks are in `llm_jax/evaluation/tasks.py`.
 """
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import functools
 import json
 import math
+import sys
+from typing import Any
 
 from absl import flags
 from etils import epath
@@ -19,6 +22,7 @@ from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import config as config_lib
 from llm_jax import distributed
+from llm_jax import errors
 from llm_jax import losses
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
@@ -28,6 +32,7 @@ from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import placement
 from llm_jax.data import prepare
+from llm_jax.evaluation import tasks
 from llm_jax.models import build
 
 
@@ -90,18 +95,66 @@ def format_scores(scores: dict[str, float]) -> str:
 def define_flags() -> None:
     command.define_workdir("Folder of the run to score.")
     flags.DEFINE_string("step", None, "Checkpoint: its step, or `best`; the latest if not given.")
+    flags.DEFINE_list("tasks", ["loss"], "What to score; see llm_jax.evaluation.tasks.")
+    flags.DEFINE_string("split", None, "Of a TFDS source; data.eval_split if not given.")
+    flags.DEFINE_string(
+        "source", None, "Instead of data.eval_source, all of it: a test split, say."
+    )
+    flags.DEFINE_integer("num_beams", 1, "Of generation: 1 is greedy.", 1)
+    flags.DEFINE_integer("max_tokens", 128, "Of generation: of a text at most.", 1)
+    flags.DEFINE_integer("stride", None, "Of perplexity: tokens between windows; half of one.", 1)
     command.define_processes()
 
 
 def main() -> None:
-    step = checkpoint.parse_step(flags.FLAGS.step)
-    scores = checkpoint.read_latest(command.required("workdir"), step, score)
-    if distributed.is_main():
-        print(json.dumps(scores))
+    given = flags.FLAGS
+    step = checkpoint.parse_step(given.step)
+    options = tasks.Options(given.num_beams, given.max_tokens, given.stride)
+    names = [name.strip() for name in given.tasks]
+
+    def read(step_dir: epath.Path, meta: checkpoint.Meta) -> list[dict[str, Any]]:
+        changed = dataclasses.replace(meta.config, data=_data(meta.config.data))
+        for name in names:
+            if name != "loss":
+                tasks.check(name, changed)
+        meta = dataclasses.replace(meta, config=changed)
+        return run(step_dir, meta, command.required("workdir"), names, options)
+
+    for found in checkpoint.read_latest(command.required("workdir"), step, read):
+        if not distributed.is_main():
+            continue
+        if "task" in found:
+            print(tasks.table(found), file=sys.stderr)
+        print(json.dumps(found))
+
+
+def _data(data: config_lib.DataConfig) -> config_lib.DataConfig:
+    """Returns where the flags say that what is scored comes from."""
+    split, source = flags.FLAGS.split, flags.FLAGS.source
+    if source is not None:
+        data = dataclasses.replace(data, eval_source=source)
+    if split is not None and not (data.eval_source or data.source).startswith("tfds:"):
+        raise errors.UserError(
+            f"--split={split}: files have no splits but what the run held out; name files of their own"
+            " by --source"
+        )
+    return data if split is None else dataclasses.replace(data, eval_split=split)
 
 
 def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
     """Returns the scores of a checkpoint on the evaluation split of its own config."""
+    (found,) = run(step_dir, meta, "", ["loss"], tasks.Options())
+    return found
+
+
+def run(
+    step_dir: epath.Path,
+    meta: checkpoint.Meta,
+    workdir: str,
+    names: Sequence[str],
+    options: tasks.Options,
+) -> list[dict[str, Any]]:
+    """Returns what tasks found of a checkpoint, in their order; all but `loss` write it to the workdir too."""
     config = dataclasses.replace(meta.config, mesh=config_lib.MeshConfig(rules="fsdp"))
     mesh = mesh_lib.make(config.mesh)
     sharding.check(config, mesh)
@@ -111,13 +164,19 @@ def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
         model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
         prepared = prepare.prepare(config)
         prepare.check_same(prepared)
-        evaluator = Evaluator(
-            prepared,
-            config,
-            jax.sharding.NamedSharding(mesh, rules.act("BT")),
-            train_step.make_eval_step(config),
-        )
-        return {"step": meta.step} | evaluator(model)
+    given = tasks.Checkpoint(workdir, meta, config, model, mesh, rules, prepared)
+    return [_loss(given) if name == "loss" else tasks.run(name, given, options) for name in names]
+
+
+def _loss(given: tasks.Checkpoint) -> dict[str, float]:
+    evaluator = Evaluator(
+        given.prepared,
+        given.config,
+        jax.sharding.NamedSharding(given.mesh, given.rules.act("BT")),
+        train_step.make_eval_step(given.config),
+    )
+    with jax.set_mesh(given.mesh):
+        return {"step": given.meta.step} | evaluator(given.model)
 
 
 if __name__ == "__main__":

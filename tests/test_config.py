@@ -206,7 +206,21 @@ PROCESSES = {"coordinator_address", "num_processes", "process_id", "heartbeat_ti
     [
         ("llm_jax.train", {"config", "workdir"} | PROCESSES),
         ("llm_jax.prepare", {"config"}),
-        ("llm_jax.evaluate", {"workdir", "step"} | PROCESSES),
+        (
+            "llm_jax.evaluate",
+            {
+                *("workdir", "step", "tasks", "split", "source"),
+                *("num_beams", "max_tokens", "stride"),
+            }
+            | PROCESSES,
+        ),
+        (
+            "llm_jax.search.__main__",
+            {
+                *("workdir", "step", "pooling", "max_length", "documents", "index", "query"),
+                *("pairs", "count", "limit"),
+            },
+        ),
         (
             "llm_jax.sampling.__main__",
             PROCESSES

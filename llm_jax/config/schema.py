@@ -255,6 +255,7 @@ class DataConfig:
     packing: str = "packed"  # concat: documents see each other; none: one example a row
     train_split: str = "train"
     eval_split: str = "validation"
+    eval_source: str = ""  # of evaluation, all of it, or of tfds: its eval_split; "": source has it
     eval_fraction: float = 0.05  # held out of text: and jsonl: sources, which have no splits
     cache_dir: str = "~/.cache/llm_jax"  # token caches and prepared TFDS data
     prefetch: int = 2  # batches made ahead of the step that reads them

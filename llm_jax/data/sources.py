@@ -5,7 +5,8 @@
     jsonl:GLOB:field     each line is an object whose `field` is a document; .gz is unpacked
     jsonl:GLOB           the same, of examples, whose fields `data.input_fields` and `target_field` name
 
-Text and JSONL files have no splits: `data.eval_fraction` of them is held out for
+Where `data.eval_source` is given it is what `data.eval_split` reads, and all of `data.source` is the training
+split. Otherwise text and JSONL files have no splits: `data.eval_fraction` of them is held out for
 `data.eval_split`, the rest is `data.train_split`. Every k-th document is held out; with fewer than
 10 documents it is the tail of each, cut at white space. Of examples it is always whole ones.
 """
@@ -64,7 +65,8 @@ def documents(data_config: config_lib.DataConfig, split: str) -> Iterator[str]:
       errors.UserError: a dataset, split, file, line or encoding that will not do; at the first
         document, or where the bad file or line is reached.
     """
-    source = parse(data_config.source)
+    spec, is_whole = _spec_of(data_config, split)
+    source = parse(spec)
     if source.kind == "tfds":
         from llm_jax.data import tfds_source  # imports TensorFlow
 
@@ -72,6 +74,9 @@ def documents(data_config: config_lib.DataConfig, split: str) -> Iterator[str]:
         return
     is_eval = _is_eval_split(data_config, split)
     read = _text_documents(source) if source.kind == "text" else _jsonl_documents(source)
+    if is_whole:
+        yield from filter(None, read)
+        return
     yield from hold_out(filter(None, read), data_config.eval_fraction, is_eval)
 
 
@@ -90,7 +95,8 @@ def records(
 
     Raises as `documents`, and for an example without one of the fields.
     """
-    kind, _, rest = data_config.source.partition(":")
+    spec, is_whole = _spec_of(data_config, split)
+    kind, _, rest = spec.partition(":")
     if kind == "tfds":
         from llm_jax.data import tfds_source  # imports TensorFlow
 
@@ -99,7 +105,7 @@ def records(
     is_eval = _is_eval_split(data_config, split)
     lines = _jsonl_lines(Source(kind, rest))
     for index, (place, line) in enumerate(lines):
-        if _is_held_out(index, data_config.eval_fraction) == is_eval:
+        if is_whole or _is_held_out(index, data_config.eval_fraction) == is_eval:
             record = _jsonl_record(line, fields, place)
             yield place, {field: record[field] for field in fields}
 
@@ -114,6 +120,13 @@ def objects(pattern: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield _jsonl_record(line, fields, place)
 
 
+def _spec_of(data_config: config_lib.DataConfig, split: str) -> tuple[str, bool]:
+    """Returns the source of a split, and whether it is read whole."""
+    is_apart = bool(data_config.eval_source)
+    is_eval = is_apart and split == data_config.eval_split
+    return (data_config.eval_source if is_eval else data_config.source), is_apart
+
+
 def identity(data_config: config_lib.DataConfig, split: str) -> str:
     """Returns a string that changes when the documents of this split do; reads no documents.
 
@@ -123,21 +136,23 @@ def identity(data_config: config_lib.DataConfig, split: str) -> str:
     Raises:
       errors.UserError: a bad spec, an unknown split of files, or no files.
     """
-    kind, _, rest = data_config.source.partition(":")
+    spec, is_whole = _spec_of(data_config, split)
+    kind, _, rest = spec.partition(":")
     # Examples have a source without a field.
     is_of_examples = kind == "jsonl" and ":" not in rest
-    source = Source(kind, rest) if is_of_examples else parse(data_config.source)
+    source = Source(kind, rest) if is_of_examples else parse(spec)
     if source.kind == "tfds":
         is_ours = source.name == state_of_the_union.NAME
         version = state_of_the_union.VERSION if is_ours else ""
-        return json.dumps([data_config.source, split, version])
+        return json.dumps([spec, split, version])
     is_eval = _is_eval_split(data_config, split)
     digest = hashlib.sha256()
     for path in files(source):
         stat = path.stat()
         digest.update(json.dumps([str(path), stat.st_size, stat.st_mtime_ns]).encode() + b"\n")
-    parts = [data_config.source, is_eval, data_config.eval_fraction, digest.hexdigest()]
-    return json.dumps(parts)
+    # What is read whole does not depend on which split it is.
+    held_out = ["whole"] if is_whole else [is_eval, data_config.eval_fraction]
+    return json.dumps([spec, *held_out, digest.hexdigest()])
 
 
 def files(source: Source) -> list[pathlib.Path]:

@@ -100,7 +100,7 @@ def main() -> None:
     if output is not None:
         _write(output, completions, loaded.step)
         return
-    if is_streaming and not loaded.is_encoder_decoder:
+    if is_streaming and not loaded.reads_sources:
         _print_now(prompts[0].text)
     for completion in completions:
         if is_streaming:
@@ -108,7 +108,7 @@ def main() -> None:
         else:
             score = "" if completion.score is None else f", score {completion.score:.4f}"
             print(f"--- {completion.prompt!r}, sample {completion.sample}{score}")
-            text = "" if loaded.is_encoder_decoder else completion.prompt
+            text = "" if loaded.reads_sources else completion.prompt
             print(text + completion.completion)
 
 

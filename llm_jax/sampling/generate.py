@@ -31,10 +31,17 @@ OnText = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A text to continue, or what an encoder reads, and the seed of its own draws."""
+    """A text to continue, or what an encoder reads, and the seed of its own draws.
+
+    Attributes:
+      text: as it is tokenised.
+      seed: of what is drawn for it.
+      ids: what the model reads instead, special tokens included; the text names it alone.
+    """
 
     text: str
     seed: int = 0
+    ids: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +115,13 @@ class _Row:
     ):
         ids = tokenizer.encode(prompt.text)
         end = np.asarray([tokenizer.eos_id], np.int32)
-        if is_source:
+        if prompt.ids is not None:
+            self.ids, ids = np.asarray(prompt.ids, np.int32), ids[:0]
+        elif is_source:
             # A source ends as a document does, and its text is no part of what is written.
             self.ids, ids = np.concatenate([ids, end]), ids[:0]
+            if tokenizer.bos_id is not None:
+                self.ids = np.insert(self.ids, 0, tokenizer.bos_id)
         elif tokenizer.bos_id is not None:
             self.ids = np.insert(ids, 0, tokenizer.bos_id)
         else:
@@ -226,7 +237,7 @@ def generate(
         raise errors.UserError("streaming takes one prompt and one sample")
     _check_beams(beams, params, num_samples, stops, on_text, loaded.tokenizer.vocab_size)
     rows = [
-        _Row(prompt, sample, loaded.tokenizer, stops, on_text, loaded.is_encoder_decoder)
+        _Row(prompt, sample, loaded.tokenizer, stops, on_text, loaded.reads_sources)
         for prompt in prompts
         for sample in range(num_samples)
     ]

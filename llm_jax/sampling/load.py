@@ -27,17 +27,24 @@ class Loaded:
       tokenizer: that the model was trained with.
       mesh: data x tensor.
       step: of the checkpoint.
+      is_of_pairs: whether it was trained to write texts for texts (seq2seq).
     """
 
     model: decode.CachedModel
     tokenizer: tokenizer_lib.Tokenizer
     mesh: jax.sharding.Mesh
     step: int
+    is_of_pairs: bool = False
 
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether prompts are what an encoder reads, not what is continued."""
         return self.model.config.architecture == "encoder_decoder"
+
+    @property
+    def reads_sources(self) -> bool:
+        """Whether prompts are read as wholes, that end, before anything is written."""
+        return self.is_encoder_decoder or self.is_of_pairs
 
 
 def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded:
@@ -70,7 +77,9 @@ def load(workdir: str, step: int | str | None = None, tensor: int = 1) -> Loaded
             if meta.config.model.lora.is_on:
                 model = lora.merge(model, meta.config.model, rules)
             prepared = decode.prepare_model(model)
-        return Loaded(prepared, tokenizer_lib.from_dict(meta.tokenizer), mesh, meta.step)
+        tokenizer = tokenizer_lib.from_dict(meta.tokenizer)
+        is_of_pairs = meta.config.objective.name == "seq2seq"
+        return Loaded(prepared, tokenizer, mesh, meta.step, is_of_pairs)
 
     return checkpoint.read_latest(workdir, step, read)
 

@@ -263,3 +263,25 @@ def test_files_need_no_tensorflow(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", guarded)
     assert list(sources.documents(_data(f"text:{tmp_path}/a.txt"), "train")) == ["a "]
+
+
+def test_a_source_of_evaluation_is_read_whole_and_leaves_the_other_whole(tmp_path):
+    for name, count in (("train", 30), ("test", 7)):
+        lines = (json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    data = config.DataConfig(
+        source=f"jsonl:{tmp_path}/train.jsonl:text", eval_source=f"jsonl:{tmp_path}/test.jsonl:text"
+    )
+    found = {split: list(sources.documents(data, split)) for split in ("train", "validation")}
+    assert found["train"] == [f"train {i}" for i in range(30)]
+    assert found["validation"] == [f"test {i}" for i in range(7)]
+    examples = dataclasses.replace(
+        data, source=data.source.removesuffix(":text"), eval_source=data.eval_source[:-5]
+    )
+    rows = [row["text"] for _, row in sources.records(examples, "validation", ["text"])]
+    assert rows == found["validation"]
+    # What was tokenised as one split serves as the other.
+    alone = dataclasses.replace(data, source=data.eval_source)
+    assert sources.identity(data, "validation") == sources.identity(alone, "train")
+    held_out = dataclasses.replace(data, eval_source="")
+    assert sources.identity(held_out, "train") != sources.identity(data, "train")

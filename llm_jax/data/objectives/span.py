@@ -25,7 +25,7 @@ class Span(examples_lib.ExampleStage):
     ):
         super().__init__(config, cache, tokenizer)
         answers = np.asarray(cache.target.values, np.int64).reshape(-1, 2)
-        start = len(self._first) + self._kept[0] + 1
+        start = self.second_starts()
         last = start + self._kept[1]  # the sep behind the context
         none = np.zeros_like(last) if self._is_encoder else last
         has_answer = answers[:, 0] != columns.NO_LABEL
@@ -34,6 +34,10 @@ class Span(examples_lib.ExampleStage):
         if not self._is_whole.all():
             count = f"{np.sum(~self._is_whole):,} of the {len(last):,} examples in {self.name}"
             examples_lib.log.warning("%s have their answer cut off and do not count", count)
+
+    def second_starts(self) -> np.ndarray:
+        """Returns where the context of each example begins in its row, int64 [N]."""
+        return len(self._first) + self._kept[0] + 1
 
     def _fit_inputs(self, lengths: list[np.ndarray], room: np.ndarray | int) -> list[np.ndarray]:
         """Cuts the context; the question only where it is longer than half of the row."""
