@@ -47,7 +47,9 @@ def _kinds(tree):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize(
+    "name", ["adamw", *(pytest.param(x, marks=pytest.mark.long) for x in ("muon", "adafactor"))]
+)
 def test_an_update_is_the_same_with_its_state_in_host_memory(name):
     wanted = _run(_config(optim={"name": name}))
     state = _run(_config(optim={"name": name, "offload_state": True}))

@@ -11,7 +11,7 @@ from tests.kernels import test_attention as suite
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal", "everything"])
+@pytest.mark.parametrize("name", ["causal", pytest.param("everything", marks=pytest.mark.long)])
 def test_memory_is_written_before_it_is_read_and_by_one_at_a_time(name):
     case, extra = suite.named(name)
     parameters = suite.parameters_of(case)

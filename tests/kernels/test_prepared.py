@@ -41,7 +41,8 @@ def _gradient(case, extra, mask=None):
 
 
 @pytest.mark.parametrize(
-    "name", ["packed", "everything", pytest.param("everything_t5", marks=pytest.mark.long)]
+    "name",
+    ["packed", *(pytest.param(x, marks=pytest.mark.long) for x in ("everything", "everything_t5"))],
 )
 def test_prepared_tables_change_nothing(name):
     case, extra = suite.named(name)

@@ -42,7 +42,7 @@ SIZES = [
 
 @pytest.mark.parametrize("is_traced", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.example((BAND, 9, 9, 0, 1, 1))
 @hypothesis.example((masks.causal(), 9, 9, 2, 1, 1))
 @hypothesis.given(mask_trees.cases())

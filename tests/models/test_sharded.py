@@ -80,10 +80,21 @@ _MESHES_OF = {
     "latents": ("fsdp_tp", "fsdp_tp_seq", "fsdp_cp_ring", "multislice", "tp"),
 }
 
-_LONG = {("kernels", "replicated_heads_ring"), ("switch", "fsdp_tp_seq"), ("switch", "fsdp_ep_tp")}
+# One model is cut in every way each time; the others in these, and in all the rest by the long tests.
+_SHORT_OF = {
+    "gpt2": ("dp", "fsdp_tp_seq", "multislice_ring"),
+    "kernels": ("fsdp_seq", "fsdp_ep"),
+    "experts": ("fsdp_ep_tp", "fsdp_ep_seq"),
+    "switch": ("fsdp_ep_seq",),
+} | dict.fromkeys(("bert", "t5", "prefix", "gemma3", "latents", "lora"), ("fsdp_tp_seq",))
+
+
+def _marks(model, mesh):
+    return [] if mesh in _SHORT_OF.get(model, (mesh,)) else [pytest.mark.long]
+
 
 _CASES = [
-    pytest.param(model, mesh, marks=[pytest.mark.long] if (model, mesh) in _LONG else [])
+    pytest.param(model, mesh, marks=_marks(model, mesh))
     for model in MODELS
     for mesh in _MESHES_OF.get(model, MESHES)
     if mesh not in _LEFT_OUT.get(model, ())

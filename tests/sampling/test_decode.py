@@ -117,7 +117,14 @@ def tiny():
 # --- one pass at a time -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Interpreted kernels take long: one is enough for what any change would break first.
+_LONG = ("kernels_alibi_window", "kernels_softcap")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.long] if x in _LONG else []) for x in VARIANTS],
+)
 def test_each_step_gives_the_logits_of_the_full_forward(name, one_device):
     _assert_logits_of_the_full_forward(name, one_device)
 
@@ -195,7 +202,10 @@ def test_bfloat16_generation_is_the_bfloat16_model(one_device):
     np.testing.assert_allclose(logits_BV, expected_BV, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "window", "kernels", "latents"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama_gqa", "gpt2", "window", pytest.param("kernels", marks=pytest.mark.long), "latents"],
+)
 def test_greedy_text_is_the_argmax_of_the_full_forward(name, one_device):
     config = helpers.tiny_model_config(**VARIANTS[name])
     _, rules = helpers.make_mesh()

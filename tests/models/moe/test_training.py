@@ -49,7 +49,7 @@ def _routers(model):
     return model.stack.expert_layers.mlp.router
 
 
-@pytest.mark.parametrize("stack", ["", "encoder"])
+@pytest.mark.parametrize("stack", ["", pytest.param("encoder", marks=pytest.mark.long)])
 def test_accumulation_equals_one_batch(one_device, stack):
     model = helpers.T5 if stack else {}
     moe = {"router_z_loss": 0.1, "balance_loss": 0.3, "stacks": stack or "all"}
