@@ -16,6 +16,13 @@ IS_OTHER = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 AOT = f"jax[tpu]>=0.10.2; {IS_X86_LINUX}"
 
 PICTURES = "matplotlib>=3.8"
+METRICS = (
+    "rouge-score>=0.1.2",
+    "sacrebleu>=2.5",
+    "scikit-learn>=1.6",
+    "snowballstemmer>=2.2",
+    "stop-words>=2025.11",
+)
 
 setuptools.setup(
     name="llm_jax",
@@ -56,9 +63,12 @@ setuptools.setup(
         "peers": [AOT, "tokamax>=0.0.17; python_version >= '3.12'"],
         # Pictures of reports.
         "lab": [PICTURES],
+        # Metrics that others count by, baselines and classic preprocessing.
+        "tasks": [PICTURES, *METRICS],
         "test": [
             AOT,
             PICTURES,
+            *METRICS,
             "hypothesis>=6.100",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
@@ -66,6 +76,6 @@ setuptools.setup(
             "safetensors>=0.6",  # what ours is held to; goldens are in its format
         ],
         # What conversions are held to, and timed beside.
-        "live": ["torch>=2.6", "transformers>=5.0"],
+        "live": ["peft>=0.17", "torch>=2.6", "transformers>=5.0"],
     },
 )

@@ -183,8 +183,9 @@ def open_index(path: str | os.PathLike) -> Index:
         if not (path / name).is_file() or _sha256(path / name) != wanted:
             raise errors.UserError(f"{path / name} is not what was written: index again")
     vectors_MD = np.load(path / _VECTORS, mmap_mode="r")
-    lines = (path / _DOCUMENTS).read_text(encoding="utf-8").splitlines()
-    documents = [json.loads(line) for line in lines]
+    # Not by `splitlines`, which ends lines at marks that JSON leaves as they are.
+    lines = (path / _DOCUMENTS).read_text(encoding="utf-8").split("\n")
+    documents = [json.loads(line) for line in lines if line]
     if vectors_MD.shape != shape or len(documents) != shape[0]:
         raise errors.UserError(f"{path} has {len(documents)} documents for {shape}: index again")
     return Index(path, vectors_MD, documents, **manifest)

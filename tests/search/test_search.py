@@ -72,6 +72,7 @@ def test_a_decoder_embeds_by_the_pooling_asked_for(tmp_path, pooling):
 
 def test_an_index_finds_the_nearest_whatever_its_blocks(embedder, tmp_path, monkeypatch):
     documents = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    documents[7]["note"] = "a line\u2028another\x85and more"
     index_lib.build(tmp_path / "index", embedder, documents, "text")
     opened = index_lib.open_index(tmp_path / "index")
     queries = embedder(["number 3, of it", "and more", "zzz"])

@@ -1,0 +1,186 @@
+"""What is to be beaten, by data set: `python -m experiments.tasks.baselines NAME [--preprocessing=normalise,...]`.
+
+    newsgroups, spam   TF-IDF and a linear support vector machine
+    summaries          the first sentence of the long description
+    descriptions       TF-IDF vectors of queries and documents, by their cosine
+    definitions        the answer to the question that is nearest by TF-IDF, of the training split
+    spans              the first definition of the context
+    translation_it     the source as it is
+
+Data are those that `python -m experiments.tasks.data NAME` wrote. Scores are on the test split and are kept in
+`experiments/tasks/results/NAME-baseline.json`, with 95% intervals.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import dataclasses
+import json
+import pathlib
+import re
+import time
+from typing import Any
+
+from absl import flags
+import numpy as np
+
+from llm_jax import command
+from llm_jax import errors
+from llm_jax.data import preprocessing
+from llm_jax.evaluation import bootstrap
+from llm_jax.evaluation import metrics
+from llm_jax.search import ranking
+
+FOLDER = pathlib.Path.home() / ".cache" / "llm_jax" / "tasks"
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """Scores, and some of what was said: given, wanted, said."""
+
+    scores: dict[str, metrics.Estimate]
+    examples: list[tuple[str, str, str]]
+
+
+def read(name: str, split: str) -> Rows:
+    """Returns the examples of a split; raises UserError where it was not written yet."""
+    path = FOLDER / name / f"{split}.jsonl"
+    if not path.is_file():
+        dataset = name.replace("_", ":", 1) if name.startswith("translation") else name
+        raise errors.UserError(
+            f"there is no {path}: run python -m experiments.tasks.data {dataset}"
+        )
+    # Not by `splitlines`, which ends lines at marks that JSON leaves as they are.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def labels(name: str, change: preprocessing.Stage) -> Baseline:
+    """TF-IDF of words and pairs of words, and a linear SVM (Joachims 1998)."""
+    from sklearn import pipeline
+    from sklearn import svm
+    from sklearn.feature_extraction import text
+
+    train, test = read(name, "train") + read(name, "validation"), read(name, "test")
+    names = sorted({row["label"] for row in train})
+    model = pipeline.make_pipeline(
+        text.TfidfVectorizer(sublinear_tf=True, preprocessor=change, token_pattern=r"(?u)\b\w+\b"),
+        svm.LinearSVC(),
+    )
+    model.fit([row["text"] for row in train], [row["label"] for row in train])
+    said = model.predict([row["text"] for row in test]).tolist()
+    wanted = [row["label"] for row in test]
+    scores = metrics.classification(
+        *(np.array([names.index(x) for x in y]) for y in (wanted, said)), names
+    )
+    return Baseline(scores.estimates, _some([row["text"] for row in test], wanted, said))
+
+
+def summaries(name: str, change: preprocessing.Stage) -> Baseline:
+    """The first sentence."""
+    test = read(name, "test")
+    said = [re.match(r"(.+?[.!?])(\s|$)|.+", row["long"])[0].strip() for row in test]
+    return _texts([row["long"] for row in test], [row["short"] for row in test], said)
+
+
+def translation(name: str, change: preprocessing.Stage) -> Baseline:
+    """The source, which shares names and numbers with its translation."""
+    test = read(name, "test")
+    sources = [row["source"] for row in test]
+    return _texts(sources, [row["target"] for row in test], sources)
+
+
+def definitions(name: str, change: preprocessing.Stage) -> Baseline:
+    """The answer to the nearest question, by characters: of other terms, as no term is in two splits."""
+    from sklearn.feature_extraction import text
+
+    train, test = read(name, "train"), read(name, "test")
+    vectoriser = text.TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), preprocessor=change)
+    known_MD = vectoriser.fit_transform([row["question"] for row in train])
+    asked_ND = vectoriser.transform([row["question"] for row in test])
+    nearest = []
+    for start in range(0, asked_ND.shape[0], 256):
+        nearest += (
+            np.asarray((asked_ND[start : start + 256] @ known_MD.T).argmax(axis=1)).ravel().tolist()
+        )
+    said = [train[index]["answer"] for index in nearest]
+    return _texts([row["question"] for row in test], [row["answer"] for row in test], said)
+
+
+def spans(name: str, change: preprocessing.Stage) -> Baseline:
+    """The first definition of the context."""
+    test = read(name, "test")
+    said = [row["context"].partition(": ")[2].partition(". ")[0] for row in test]
+    wanted = [row["answer"]["text"] for row in test]
+    scores = metrics.answers(said, [[text] for text in wanted]).estimates
+    return Baseline(scores, _some([row["question"] for row in test], wanted, said))
+
+
+def descriptions(name: str, change: preprocessing.Stage) -> Baseline:
+    """Cosines of TF-IDF vectors, fitted on the documents."""
+    from sklearn.feature_extraction import text
+
+    test = read(name, "test")
+    vectoriser = text.TfidfVectorizer(sublinear_tf=True, preprocessor=change)
+    documents_MD = vectoriser.fit_transform([row["document"] for row in test]).toarray()
+    queries_ND = vectoriser.transform([row["query"] for row in test]).toarray()
+    ranks_N = ranking.ranks(queries_ND, documents_MD, np.arange(len(test)))
+    scores = {key: bootstrap.of_mean(values) for key, values in ranking.scores(ranks_N).items()}
+    best = np.argmax(queries_ND @ documents_MD.T, axis=1)
+    queries = [row["query"] for row in test]
+    documents = [row["document"] for row in test]
+    return Baseline(scores, _some(queries, documents, [documents[i] for i in best]))
+
+
+def _texts(given: Sequence[str], wanted: Sequence[str], said: Sequence[str]) -> Baseline:
+    return Baseline(metrics.texts(said, wanted).estimates, _some(given, wanted, said))
+
+
+def _some(
+    given: Sequence[str], wanted: Sequence[str], said: Sequence[str]
+) -> list[tuple[str, str, str]]:
+    return [tuple(text[:300] for text in row) for row in list(zip(given, wanted, said))[:3]]
+
+
+BASELINES: dict[str, Callable[[str, preprocessing.Stage], Baseline]] = {
+    "newsgroups": labels,
+    "spam": labels,
+    "summaries": summaries,
+    "descriptions": descriptions,
+    "definitions": definitions,
+    "spans": spans,
+    "translation_it": translation,
+    "translation_fr": translation,
+}
+
+
+def define_flags() -> None:
+    command.define_argument("NAME", f"What: {', '.join(BASELINES)}.")
+    flags.DEFINE_list("preprocessing", [], f"Stages: {', '.join(preprocessing.STAGES)}.")
+
+
+def main() -> None:
+    name = command.argument("NAME")
+    if name not in BASELINES:
+        hint = errors.nearest(name, BASELINES)
+        raise errors.UserError(f"{name!r} is none of {', '.join(BASELINES)}{hint}")
+    stages, started = flags.FLAGS.preprocessing, time.monotonic()
+    found = BASELINES[name](name, preprocessing.make(stages))
+    result = {
+        "data": name,
+        "preprocessing": stages,
+        "scores": {key: dataclasses.asdict(one) for key, one in found.scores.items()},
+        "seconds": round(time.monotonic() - started, 1),
+        "examples": found.examples,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = "-".join([name, "baseline", *stages]) + ".json"
+    (RESULTS / file).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    for key, estimate in found.scores.items():
+        print(f"{key:16} {estimate}")
+    print(f"{result['seconds']} s, {RESULTS / file}")
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags)
