@@ -1,0 +1,168 @@
+"""Data sets of tasks: read as their sources have them, split without leaks, written whole and alike each time."""
+
+import gzip
+import json
+
+import pytest
+
+from experiments.tasks.data import debian
+from experiments.tasks.data import definitions
+from experiments.tasks.data import newsgroups
+from experiments.tasks.data import python_code
+from experiments.tasks.data import spam
+from experiments.tasks.data import splits
+
+WORDS = [f"w{i}" for i in range(400)]
+
+
+def _text(start, count=30):
+    return " ".join(WORDS[start : start + count])
+
+
+def _data(**rows):
+    rows = {name: [{"text": text} for text in texts] for name, texts in rows.items()}
+    return splits.DataSet({"validation": []} | rows, {"source": "x"}, lambda row: row["text"])
+
+
+def test_what_another_split_gives_away_is_left_out():
+    shared = _text(0)
+    data = _data(
+        train=[_text(300), shared.upper() + "!", _text(0, 25) + " " + _text(380, 15), _text(300)],
+        validation=[_text(100), _text(40, 30)],
+        test=[shared, _text(40, 30), _text(40, 30)],
+    )
+    kept, told = splits.without_leaks(data)
+    assert [row["text"] for row in kept["train"]] == [_text(300)]
+    assert [row["text"] for row in kept["validation"]] == [_text(100)]
+    assert [row["text"] for row in kept["test"]] == [shared, _text(40, 30)]
+    assert told["same_words"] == {"test": 1, "validation": 1, "train": 2}
+    assert told["shared_ngrams"] == {"test": 0, "validation": 0, "train": 1}
+
+
+def test_a_standard_split_stays_and_its_leaks_are_counted(tmp_path):
+    data = _data(train=[_text(0)], test=[_text(0)])
+    about = splits.write(tmp_path / "set", splits.DataSet(data.examples, {}, data.text_of, True))
+    assert about["examples"] == {"train": 1, "validation": 0, "test": 1}
+    assert about["leaks"]["same_words"]["train"] == 1
+
+
+def test_examples_of_a_key_are_in_one_split_and_stay_there():
+    rows = [{"key": f"k{i % 60}", "n": i} for i in range(600)]
+    found = splits.by_key(rows, lambda row: row["key"], {"validation": 0.2, "test": 0.2})
+    keys = {name: {row["key"] for row in part} for name, part in found.items()}
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"]
+    assert all(len(part) > 20 for part in found.values())
+    fewer = splits.by_key(rows[:100], lambda row: row["key"], {"validation": 0.2, "test": 0.2})
+    for name, part in fewer.items():
+        assert {row["key"] for row in part} <= keys[name]
+
+
+def test_files_are_written_alike_each_time(tmp_path):
+    data = _data(train=[_text(0), "a\u2028b " + _text(50)], test=[_text(200)])
+    first = splits.write(tmp_path / "set", data)
+    again = splits.write(tmp_path / "set", data)
+    assert first == again == json.loads((tmp_path / "set" / "about.json").read_text())
+    lines = (tmp_path / "set" / "train.jsonl").read_text().split("\n")
+    assert [json.loads(line)["text"] for line in lines[:-1]] == [_text(0), "a\u2028b " + _text(50)]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_descriptions_are_aligned_by_paragraph():
+    english = "short one for all users\nA first paragraph that is long enough.\n.\n * a list\n.\nThe last paragraph is here too."
+    italian = "uno breve per tutti gli utenti\nUn primo paragrafo abbastanza lungo.\n.\n * un elenco\n.\nAnche l'ultimo paragrafo sta qui."
+    short, paragraphs = debian.description(english)
+    assert short == "short one for all users"
+    assert paragraphs == [
+        "A first paragraph that is long enough.",
+        "",
+        "The last paragraph is here too.",
+    ]
+    pairs = list(
+        debian.aligned({"m": ("pkg-bin", english)}, {"m": ("pkg-bin", italian)}, {"pkg-bin": "pkg"})
+    )
+    assert [(row["source"][:5], row["target"][:5]) for row in pairs] == [
+        ("short", "uno b"), ("A fir", "Un pr"), ("The l", "Anche"),
+    ]  # fmt: skip
+    assert {row["package"] for row in pairs} == {"pkg"}
+    shorter = italian.rpartition("\n.\n")[0]
+    assert not list(debian.aligned({"m": ("p", english)}, {"m": ("p", shorter)}, {}))
+
+
+def test_control_files_are_read_by_stanza():
+    text = "Package: a-bin\nSource: a (1.2)\nDescription-md5: m1\nDescription-en: short\n long\n .\n more\n\nPackage: b\n"
+    assert debian.sources_of(text) == {"a-bin": "a", "b": "b"}
+    assert debian.described(text, "en") == {"m1": ("a-bin", "short\nlong\n.\nmore")}
+
+
+def test_summaries_take_one_package_of_each_source():
+    long = "ten words are what a long description has to have at least"
+    texts = {f"m{i}": (f"p{i}", f"short text {i}\n{long} {i}") for i in range(4)}
+    found = list(debian.summaries_of(texts, {"p0": "s", "p1": "s", "p2": "t"}))
+    assert [(row["package"], row["short"]) for row in found] == [
+        ("s", "short text 0"), ("t", "short text 2"), ("p3", "short text 3"),
+    ]  # fmt: skip
+
+
+def test_glosses_are_without_their_examples():
+    line = (
+        '00001740 03 n 01 physical_entity 0 000 | that which exists in fact; "it is there"; "so"  '
+    )
+    assert list(definitions.wordnet(f"  1 a licence\n{line}\n")) == [
+        ("physical entity", "that which exists in fact")
+    ]
+    rows = definitions.examples_of(
+        iter([("A", "one"), ("a", "a fit gloss here"), ("A", "another fit gloss")])
+    )
+    assert rows == [{"question": "What is a?", "answer": "a fit gloss here", "term": "a"}]
+
+
+def test_dictionaries_of_dictd_are_read_by_place():
+    text = b"head\n   A <text> {word} that is said. And more.\n"
+    index = f"00-database-info\tA\tB\nhead\tA\t{definitions._DIGITS[len(text)]}\n"
+    assert list(definitions.foldoc(index, gzip.decompress(gzip.compress(text)))) == [
+        ("head", "A word that is said")
+    ]
+
+
+def test_spans_are_where_they_are_said_to_be():
+    rows = [{"question": f"What is {w}?", "term": w, "answer": f"gloss of {w}"} for w in WORDS[:20]]
+    found = definitions.spans_of(rows, "seed")
+    assert found == definitions.spans_of(rows, "seed")
+    for row, own in zip(found, rows, strict=True):
+        answer = row["answer"]
+        start = answer["answer_start"]
+        assert (
+            row["context"][start : start + len(answer["text"])] == answer["text"] == own["answer"]
+        )
+        assert row["context"].count(": ") == 5
+    assert len({row["context"].index(row["answer"]["text"]) for row in found}) > 5
+
+
+def test_mails_have_no_headers_and_tables_no_header_lines():
+    assert spam.body_of("From: me\r\nSubject: spam!\r\n\r\nbody\r\n\r\nmore\r\n") == "body\n\nmore"
+    table = "Category\tText\nd\tstring\nclass\t\nalt.x\tsome text\nsci.y\tother text\n\n"
+    assert newsgroups.examples_of(table) == [
+        {"text": "some text", "label": "alt.x"}, {"text": "other text", "label": "sci.y"},
+    ]  # fmt: skip
+
+
+def test_holes_are_what_stands_between(tmp_path):
+    (tmp_path / "pkg").mkdir()
+    (tmp_path / "test").mkdir()
+    code = "".join(f"line_{i} = {i}\n" for i in range(200))
+    for name in ("one.py", "pkg/two.py", "test/three.py"):
+        (tmp_path / name).write_text(code)
+    files = python_code.files_of(tmp_path)
+    assert [row["module"] for row in files] == ["one", "pkg"]
+    holes = python_code.holes_of(files, "seed", most=100_000)
+    assert holes and all(row["before"] + row["middle"] + row["after"] == code for row in holes)
+    assert all(1 <= row["middle"].count("\n") <= 5 for row in holes)
+
+
+@pytest.mark.parametrize("name", ["newsgroup", "translation:xx", "translation"])
+def test_data_that_are_not_there_are_named(name):
+    from experiments.tasks.data import __main__ as command
+    from llm_jax import errors
+
+    with pytest.raises(errors.UserError, match="newsgroups|use one of it"):
+        command.load(name)
