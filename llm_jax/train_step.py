@@ -244,6 +244,8 @@ def train_step(
         updates = tuning.scaled(updates, tuning.rates(config, learned))
         model = tuning.join(optax.apply_updates(learned, updates), still)
         model = balance.moved(model, _moves(config.model.moe), routed)
+        # What moves without a gradient stays with the rest where it is told not to learn.
+        model = tuning.join(tuning.split(config, model)[0], still)
     loss = sums.cross_entropy / jnp.maximum(sums.weight, 1.0)
     num_skipped = state.num_skipped
     if config.train.on_nonfinite == "skip":

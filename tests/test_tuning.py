@@ -133,6 +133,14 @@ def test_frozen_layers_and_embeddings_stay():
             assert np.array_equal(leaf, after[name]) == (not name.startswith("final_norm")), name
 
 
+def test_biases_of_routers_stay_with_what_does_not_learn():
+    """They move by the load of experts, without a gradient."""
+    for tune, is_same in (({}, False), ({"freeze": "*router*"}, True)):
+        before, after = _updated(helpers.tiny_run_config(helpers.EXPERTS, tune=tune))
+        (name,) = (name for name in before if "selection_bias" in name)
+        assert np.array_equal(before[name], after[name]) == is_same
+
+
 @pytest.mark.parametrize(
     "tune, said",
     [

@@ -8,6 +8,7 @@ SQuAD's normalisation (Rajpurkar et al. 2016, section 6.1). Each is imported whe
 from collections import Counter
 from collections.abc import Sequence
 import dataclasses
+import functools
 import re
 import string
 from typing import Any
@@ -45,16 +46,11 @@ def classification(
     from sklearn import metrics
 
     size = len(labels)
-    pairs_N = np.asarray(targets_N) * size + np.asarray(predictions_N)
-    by_pair = np.equal.outer(np.arange(size * size), pairs_N).astype(np.float64)  # [Y * Y, N]
-
-    def confusions(counts_RN: np.ndarray) -> np.ndarray:
-        return (counts_RN @ by_pair.T).reshape(-1, size, size)
-
+    true_NY, said_NY = (np.eye(size)[np.asarray(rows)] for rows in (targets_N, predictions_N))
     estimates = {"accuracy": bootstrap.of_mean(np.equal(targets_N, predictions_N))}
     for name in ("precision", "recall", "f1"):
         estimates[f"macro_{name}"] = bootstrap.of_counts(
-            lambda counts, name=name: _macro(confusions(counts), name), len(pairs_N)
+            functools.partial(_macro, true_NY, said_NY, name), len(true_NY)
         )
     # With one label for each example these three are one number, the accuracy.
     estimates["micro_f1"] = estimates["accuracy"]
@@ -73,10 +69,11 @@ def classification(
     return Scores(estimates, details=details)
 
 
-def _macro(confusions_RYY: np.ndarray, name: str) -> np.ndarray:
-    """Returns the mean over labels of precision, recall or F1, [R]: of rows that are true and columns predicted."""
-    hits_RY = np.einsum("ryy->ry", confusions_RYY)
-    true_RY, said_RY = confusions_RYY.sum(2), confusions_RYY.sum(1)
+def _macro(
+    true_NY: np.ndarray, said_NY: np.ndarray, name: str, counts_RN: np.ndarray
+) -> np.ndarray:
+    """Returns the mean over labels of precision, recall or F1 of samples, [R]."""
+    hits_RY, true_RY, said_RY = (counts_RN @ x for x in (true_NY * said_NY, true_NY, said_NY))
     below = {"precision": said_RY, "recall": true_RY, "f1": (true_RY + said_RY) / 2}[name]
     values_RY = np.where(below > 0, hits_RY / np.maximum(below, 1e-12), 0.0)
     is_there_RY = true_RY + said_RY > 0

@@ -16,6 +16,7 @@ from llm_jax import config as config_lib
 from llm_jax import flops
 from llm_jax import mesh as mesh_lib
 from llm_jax import sharding
+from llm_jax import tuning
 from llm_jax.aot import steps
 from llm_jax.aot import topology
 
@@ -110,7 +111,7 @@ def estimate(config: config_lib.RunConfig, slice_name: str) -> Estimate:
     state = _state(config, num_chips)
     parameters = state.parameters
     sizes = _Sizes(config, mesh)
-    gradients = parameters * (1 if config.model.param_dtype == "float32" else 2)
+    gradients = state.learned * (1 if config.model.param_dtype == "float32" else 2)
     return Estimate(
         parameters=parameters,
         optimiser=state.optimiser,
@@ -127,6 +128,7 @@ class _State(NamedTuple):
     """What lies on one device between steps, in bytes, and how many parameters there are in all."""
 
     parameters: int
+    learned: int  # of the parameters
     optimiser: int
     num_parameters: int
 
@@ -135,7 +137,8 @@ def _state(config: config_lib.RunConfig, num_chips: int) -> _State:
     # Neither batches nor remat change it: candidates of a search share it.
     model = dataclasses.replace(config.model, remat="none")
     optim = dataclasses.replace(config.optim, accumulation_steps=1)
-    return _state_of(config_lib.RunConfig(model=model, optim=optim, mesh=config.mesh), num_chips)
+    plain = config_lib.RunConfig(model=model, optim=optim, mesh=config.mesh, tune=config.tune)
+    return _state_of(plain, num_chips)
 
 
 @functools.lru_cache(maxsize=256)
@@ -145,6 +148,7 @@ def _state_of(config: config_lib.RunConfig, num_chips: int) -> _State:
         state = steps.abstract_state(config)
     return _State(
         bytes_per_device(state.model, mesh),
+        bytes_per_device(tuning.split(config, state.model)[0], mesh),
         bytes_per_device(state.opt_state, mesh),
         flops.num_params(state.model),
     )

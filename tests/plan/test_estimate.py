@@ -59,6 +59,17 @@ def test_settings_move_memory_as_they_should(section, fields, less):
         assert after.saved == before.saved
 
 
+def test_what_does_not_learn_has_no_gradients_and_no_moments():
+    config = _LLAMA.config()
+    lora = config_lib.LoraConfig(rank=8, targets="*")
+    before = estimate_lib.estimate(config, _LLAMA.slice_name)
+    after = estimate_lib.estimate(_changed(config, "model", lora=lora), _LLAMA.slice_name)
+    # The outputs of updates have no width that is cut over devices.
+    assert after.gradients < 0.1 * before.gradients
+    assert after.optimiser < 0.1 * before.optimiser
+    assert before.parameters < after.parameters < 1.1 * before.parameters
+
+
 def test_latents_are_kept_beside_what_they_are_expanded_to():
     """And queries, keys and values of their own widths, cut by heads where latents are not."""
     latents = {"kv_latent_dim": 512, "q_latent_dim": 768, "rope_head_dim": 64}
