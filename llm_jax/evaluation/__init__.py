@@ -1,0 +1,1 @@
+"""What checkpoints know and can do: benchmarks, and other people's harness."""
