@@ -45,6 +45,12 @@ def _loaded(**changes):
         return load.Loaded(decode.prepare_model(model), tokenizer_lib.load("bytes"), mesh, 7), model
 
 
+@pytest.fixture(autouse=True)
+def mesh():
+    with jax.set_mesh(helpers.make_mesh(rules="tp")[0]):
+        yield
+
+
 @pytest.fixture(scope="module")
 def decoder():
     return _loaded()
