@@ -17,6 +17,9 @@ AOT = f"jax[tpu]>=0.10.2; {IS_X86_LINUX}"
 
 PICTURES = "matplotlib>=3.8"
 
+# EleutherAI's, without what its own models need (torch is in its extra `hf`).
+HARNESS = "lm-eval>=0.4.13"
+
 setuptools.setup(
     name="llm_jax",
     version=VERSION,
@@ -56,8 +59,11 @@ setuptools.setup(
         "peers": [AOT, "tokamax>=0.0.17; python_version >= '3.12'"],
         # Pictures of reports.
         "lab": [PICTURES],
+        # Tasks of lm-evaluation-harness.
+        "harness": [HARNESS],
         "test": [
             AOT,
+            HARNESS,
             PICTURES,
             "hypothesis>=6.100",
             "pytest>=8.0",

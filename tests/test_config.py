@@ -208,6 +208,18 @@ PROCESSES = {"coordinator_address", "num_processes", "process_id", "heartbeat_ti
         ("llm_jax.prepare", {"config"}),
         ("llm_jax.evaluate", {"workdir", "step"} | PROCESSES),
         (
+            "llm_jax.evaluation.harness",
+            {
+                "workdir",
+                "step",
+                "tasks",
+                "include_path",
+                "num_fewshot",
+                "limit",
+                "batch_size",
+            },
+        ),
+        (
             "llm_jax.sampling.__main__",
             PROCESSES
             | {

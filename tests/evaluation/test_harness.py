@@ -173,14 +173,17 @@ def test_texts_are_greedy_up_to_a_stop_string(decoder):
     text = bytes(tokens).decode("utf-8", "replace")
     room = (MAX_LENGTH - 6) * "x"
     cut = bytes(_greedy(model, room, 6)).decode("utf-8", "replace")
+    stops = (text[3], text[2:5])
     found = _write(
         lm,
         ("go on", {"max_gen_toks": 6}),
-        ("go on", {"max_new_tokens": 6, "until": [text[3]], "do_sample": False}),
+        ("go on", {"max_new_tokens": 6, "until": [stops[0], "absent"], "do_sample": False}),
         ("lost" + room, {"max_gen_toks": 6}),
-        ("go on", {"max_gen_toks": 6, "until": text[2:4], "temperature": 0.0}),
+        ("go on", {"max_gen_toks": 6, "until": stops[1], "temperature": 0.0}),
     )
-    assert found == [text, text[: text.index(text[3])], cut, text[:2]]
+    before = [text[: text.index(stop)] for stop in stops]
+    assert found == [text, before[0], cut, before[1]]
+    assert text not in before
 
 
 def test_repetitions_are_drawn_anew_and_the_same_in_each_run(decoder):
@@ -284,13 +287,10 @@ def workdir(tmp_path_factory):
 def test_the_command_prints_the_harnesss_table_and_writes_its_results(workdir, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(workdir / "cache"))
     flags = [f"--workdir={workdir}", "--tasks=which_letter", f"--include_path={workdir}/tasks"]
-    (code, out, err), (unknown_code, _, unknown) = commands.run(
+    (code, out, err), (wrong_code, _, wrong) = commands.run(
         "llm_jax.evaluation.harness",
         workdir,
-        [
-            [*flags, "--limit=4", "--num_fewshot=1"],
-            [f"--workdir={workdir}", "--tasks=which_leter", f"--include_path={workdir}/tasks"],
-        ],
+        [[*flags, "--limit=4", "--num_fewshot=1"], [*flags, "--include_path=absent"]],
     )
     assert code == 0, err
     assert "|which_letter|" in out and "|acc" in out
@@ -300,8 +300,13 @@ def test_the_command_prints_the_harnesss_table_and_writes_its_results(workdir, m
     accuracy = results["results"]["which_letter"]["acc,none"]
     assert math.isclose(accuracy * 4, round(accuracy * 4))
     assert (results["config"]["step"], results["config"]["checkpoint"]) == (0, str(workdir))
-    assert unknown_code == 2
-    assert unknown.endswith("no such task (did you mean 'which_letter'?)\n")
+    assert (wrong_code, wrong) == (2, "error: --include_path=absent is no folder\n")
+
+
+@pytest.mark.long  # reads the index of the harness's own tasks, 15 s
+def test_unknown_tasks_are_told(workdir):
+    with pytest.raises(errors.UserError, match="no such task .did you mean 'which_letter'"):
+        harness.run(str(workdir), None, ["which_leter"], str(workdir / "tasks"))
 
 
 def test_a_run_gives_the_answers_of_its_model(workdir, monkeypatch):
