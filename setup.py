@@ -24,6 +24,9 @@ METRICS = (
     "stop-words>=2025.11",
 )
 
+# EleutherAI's, without what its own models need (torch is in its extra `hf`).
+HARNESS = "lm-eval>=0.4.13"
+
 setuptools.setup(
     name="llm_jax",
     version=VERSION,
@@ -65,8 +68,11 @@ setuptools.setup(
         "lab": [PICTURES],
         # Metrics that others count by, baselines and classic preprocessing.
         "tasks": [PICTURES, *METRICS],
+        # Tasks of lm-evaluation-harness.
+        "harness": [HARNESS],
         "test": [
             AOT,
+            HARNESS,
             PICTURES,
             *METRICS,
             "hypothesis>=6.100",

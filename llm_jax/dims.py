@@ -27,7 +27,7 @@ DIMS = {
     "L": "layers",
     "Q": "beams of a row",
     "O": "beams of a row whose slots others read (origins)",
-    "A": "candidates for the beams of a row",
+    "A": "candidates for the beams of a row, or to follow it",
     "N": "tokens (B * T)",
     "E": "experts",
     "I": "rank of a low-rank update",

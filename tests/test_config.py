@@ -222,6 +222,18 @@ PROCESSES = {"coordinator_address", "num_processes", "process_id", "heartbeat_ti
             },
         ),
         (
+            "llm_jax.evaluation.harness",
+            {
+                "workdir",
+                "step",
+                "tasks",
+                "include_path",
+                "num_fewshot",
+                "limit",
+                "batch_size",
+            },
+        ),
+        (
             "llm_jax.sampling.__main__",
             PROCESSES
             | {

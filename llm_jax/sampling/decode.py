@@ -167,7 +167,7 @@ class DecodeState:
     is_seen_BV: jax.Array | None
 
 
-def next_logits(
+def states(
     model: CachedModel,
     tokens_BT: jax.Array,
     starts_B: jax.Array,
@@ -175,7 +175,7 @@ def next_logits(
     cache: stack.Cache,
     encoded: cache_lib.Encoded | None = None,
 ) -> tuple[jax.Array, stack.Cache]:
-    """Runs tokens at slots from `slot` on; returns the logits after the last, [B, V] float32."""
+    """Runs tokens at slots from `slot` on; returns the last block's output, [B, T, D]."""
     num_tokens = tokens_BT.shape[1]
     positions_BT = cache_lib.positions(starts_B, num_tokens, slot)
     is_prefill = isinstance(slot, int)
@@ -189,7 +189,7 @@ def next_logits(
             dataclasses.replace(context, encoder_lengths_B=encoded.lengths_B)
             for context in contexts
         )
-    x_BTD, cache = stack.run_cached(
+    return stack.run_cached(
         model.blocks,
         model.model.embed(tokens_BT, positions_BT),
         contexts,
@@ -197,10 +197,27 @@ def next_logits(
         None if encoded is None else encoded.cache,
         model.config.is_entry_normalised,
     )
-    logits_BTV = model.model.logits(x_BTD[:, -1:])
+
+
+def whole_logits(model: CachedModel, x_BTD: jax.Array) -> jax.Array:
+    """Returns the logits of the last block's output, float32 [B, T, V], the vocabulary gathered."""
+    logits_BTV = model.model.logits(x_BTD)
+    spec = jax.sharding.PartitionSpec(model.rules.act("B")[0], None, None)
+    return jax.sharding.reshard(logits_BTV, spec)
+
+
+def next_logits(
+    model: CachedModel,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    slot: jax.Array | int,
+    cache: stack.Cache,
+    encoded: cache_lib.Encoded | None = None,
+) -> tuple[jax.Array, stack.Cache]:
+    """Runs tokens at slots from `slot` on; returns the logits after the last, [B, V] float32."""
+    x_BTD, cache = states(model, tokens_BT, starts_B, slot, cache, encoded)
     # The vocabulary is gathered: choosing a token looks at all of it.
-    spec = jax.sharding.PartitionSpec(model.rules.act("B")[0], None)
-    return jax.sharding.reshard(logits_BTV[:, 0], spec), cache
+    return whole_logits(model, x_BTD[:, -1:])[:, 0], cache
 
 
 def seen(tokens_BT: jax.Array, starts_B: jax.Array, vocab_size: int) -> jax.Array:

@@ -20,6 +20,7 @@ from llm_jax.sampling import cache as cache_lib
 from llm_jax.sampling import decode
 from llm_jax.sampling import load
 from llm_jax.sampling import samplers
+from llm_jax.sampling import stops as stops_lib
 
 _SMALLEST_BUCKET = 16
 _CHUNK = 32  # tokens between looks at stop strings
@@ -36,7 +37,8 @@ class Prompt:
     Attributes:
       text: as it is tokenised.
       seed: of what is drawn for it.
-      ids: what the model reads instead, special tokens included; the text names it alone.
+      ids: what the model reads instead, special tokens included; the text names it alone. What it writes is
+        then decoded by itself, without special tokens.
     """
 
     text: str
@@ -62,45 +64,6 @@ class Completion:
     score: float | None = None
 
 
-class StopScanner:
-    """Passes text through up to the first stop string, holding back what might begin one.
-
-    The first is the one that is complete first; of those that end together, the longest. So what
-    passes does not depend on how the text is cut into pieces.
-    """
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.is_stopped = False
-
-    def feed(self, text: str) -> str:
-        """Takes text and returns what is certain to come before any stop string."""
-        if self.is_stopped:
-            return ""
-        self._held += text
-        starts = [(self._held.find(stop), len(stop)) for stop in self._stops]
-        spans = [(start + length, start) for start, length in starts if start >= 0]
-        if spans:
-            self.is_stopped = True
-            _, start = min(spans)
-            return self._held[:start]
-        keep = 0
-        for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._held)), keep, -1):
-                if self._held.endswith(stop[:size]):
-                    keep = size
-                    break
-        passed = self._held[: len(self._held) - keep]
-        self._held = self._held[len(passed) :]
-        return passed
-
-    def flush(self) -> str:
-        """Returns what was held back, when no more text comes."""
-        rest, self._held = self._held, ""
-        return "" if self.is_stopped else rest
-
-
 class _Row:
     """One completion in the making."""
 
@@ -113,10 +76,11 @@ class _Row:
         on_text: OnText | None,
         is_source: bool = False,
     ):
-        ids = tokenizer.encode(prompt.text)
+        has_ids = prompt.ids is not None
+        ids = np.asarray(prompt.ids, np.int32) if has_ids else tokenizer.encode(prompt.text)
         end = np.asarray([tokenizer.eos_id], np.int32)
-        if prompt.ids is not None:
-            self.ids, ids = np.asarray(prompt.ids, np.int32), ids[:0]
+        if has_ids:
+            self.ids, ids = ids, ids[:0]
         elif is_source:
             # A source ends as a document does, and its text is no part of what is written.
             self.ids, ids = np.concatenate([ids, end]), ids[:0]
@@ -130,12 +94,13 @@ class _Row:
         self.prompt, self.sample = prompt, sample
         self.score: float | None = None
         self._eos_id = tokenizer.eos_id
+        self._is_silent_V = tokenizer.is_special_V if has_ids else None
         self._decoder = tokenizer_lib.StreamDecoder(tokenizer)
         # The text of a token may depend on those before it. What the decoder still holds back of
         # the prompt's own text comes first later, and is no part of the completion.
         passed = sum(len(self._decoder.feed(int(token))) for token in ids)
         self._num_prompt_chars = len(tokenizer.decode(ids)) - passed
-        self._scanner = StopScanner(stops)
+        self._scanner = stops_lib.StopScanner(stops)
         self._on_text = on_text
         self._pieces: list[str] = []
         self._num_tokens = 0
@@ -157,6 +122,8 @@ class _Row:
         self._num_tokens += 1
         if token == self._eos_id:
             self.finish("eos")
+            return
+        if self._is_silent_V is not None and self._is_silent_V[token]:
             return
         self._emit(self._scanner.feed(self._without_prompt(self._decoder.feed(token))))
         if self._scanner.is_stopped:

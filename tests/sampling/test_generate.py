@@ -19,6 +19,7 @@ from llm_jax.sampling import decode
 from llm_jax.sampling import generate
 from llm_jax.sampling import load
 from llm_jax.sampling import samplers
+from llm_jax.sampling import stops as stops_lib
 from tests import helpers
 from tests.sampling import spelling
 
@@ -52,7 +53,7 @@ def _pieces(draw):
 @hypothesis.given(_pieces(), stop_lists)
 def test_text_passes_up_to_the_first_stop_string_however_it_is_cut(pieces, stops):
     expected, is_stopped = _before_first_stop("".join(pieces), stops)
-    scanner = generate.StopScanner(stops)
+    scanner = stops_lib.StopScanner(stops)
     passed = ""
     for piece in pieces:
         passed += scanner.feed(piece)
@@ -66,7 +67,7 @@ def test_text_passes_up_to_the_first_stop_string_however_it_is_cut(pieces, stops
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(_pieces(), stop_lists)
 def test_no_more_is_held_back_than_might_begin_a_stop_string(pieces, stops):
-    scanner = generate.StopScanner(stops)
+    scanner = stops_lib.StopScanner(stops)
     fed = passed = ""
     for piece in pieces:
         fed, passed = fed + piece, passed + scanner.feed(piece)
