@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 from typing import Any
 
@@ -32,6 +33,7 @@ from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import placement
 from llm_jax.data import prepare
+from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.evaluation import tasks
 from llm_jax.models import build
 
@@ -101,7 +103,7 @@ def define_flags() -> None:
         "source", None, "Instead of data.eval_source, all of it: a test split, say."
     )
     flags.DEFINE_integer("num_beams", 1, "Of generation: 1 is greedy.", 1)
-    flags.DEFINE_integer("max_tokens", 128, "Of generation: of a text at most.", 1)
+    flags.DEFINE_integer("max_tokens", None, "Of generation: of a text; 128 if they fit.", 1)
     flags.DEFINE_integer("stride", None, "Of perplexity: tokens between windows; half of one.", 1)
     command.define_processes()
 
@@ -118,7 +120,7 @@ def main() -> None:
             if name != "loss":
                 tasks.check(name, changed)
         meta = dataclasses.replace(meta, config=changed)
-        return run(step_dir, meta, command.required("workdir"), names, options)
+        return run(step_dir, meta, command.required("workdir"), names, options, _name_of_data())
 
     for found in checkpoint.read_latest(command.required("workdir"), step, read):
         if not distributed.is_main():
@@ -141,6 +143,13 @@ def _data(data: config_lib.DataConfig) -> config_lib.DataConfig:
     return data if split is None else dataclasses.replace(data, eval_split=split)
 
 
+def _name_of_data() -> str:
+    """Returns how files of scores tell what the flags ask for from what the run has."""
+    source = flags.FLAGS.source
+    given = [flags.FLAGS.split, source and source.rpartition("/")[2].partition(".")[0]]
+    return re.sub(r"\W+", "_", "-".join(filter(None, given)))
+
+
 def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:
     """Returns the scores of a checkpoint on the evaluation split of its own config."""
     (found,) = run(step_dir, meta, "", ["loss"], tasks.Options())
@@ -153,6 +162,7 @@ def run(
     workdir: str,
     names: Sequence[str],
     options: tasks.Options,
+    of: str = "",
 ) -> list[dict[str, Any]]:
     """Returns what tasks found of a checkpoint, in their order; all but `loss` write it to the workdir too."""
     config = dataclasses.replace(meta.config, mesh=config_lib.MeshConfig(rules="fsdp"))
@@ -162,15 +172,17 @@ def run(
     with jax.set_mesh(mesh):
         abstract = build.abstract_model(config.model, rules)
         model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
-        prepared = prepare.prepare(config)
-        prepare.check_same(prepared)
-    given = tasks.Checkpoint(workdir, meta, config, model, mesh, rules, prepared)
+    # As the checkpoint has them: what it was trained on need not be here.
+    tokenizer = tokenizer_lib.from_dict(meta.tokenizer)
+    cache = prepare.prepare_split(config, config.data.eval_split, tokenizer, meta.labels)
+    prepare.check_same(prepare.Prepared(cache, cache, tokenizer))
+    given = tasks.Checkpoint(workdir, meta, config, model, mesh, rules, cache, tokenizer, of)
     return [_loss(given) if name == "loss" else tasks.run(name, given, options) for name in names]
 
 
 def _loss(given: tasks.Checkpoint) -> dict[str, float]:
     evaluator = Evaluator(
-        given.prepared,
+        prepare.Prepared(given.cache, given.cache, given.tokenizer),
         given.config,
         jax.sharding.NamedSharding(given.mesh, given.rules.act("BT")),
         train_step.make_eval_step(given.config),

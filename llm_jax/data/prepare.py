@@ -93,10 +93,34 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
             _prepare_split(data, split, base) for split in (data.train_split, data.eval_split)
         )
     else:
-        train = _prepare_examples(run_config, data.train_split, base, None)
-        evaluation = _prepare_examples(run_config, data.eval_split, base, train.manifest.labels)
+        # Labels follow from the training split.
+        origin = sources.identity(data, data.train_split)
+        train = _prepare_examples(run_config, data.train_split, base, None, origin)
+        labels = train.manifest.labels
+        evaluation = _prepare_examples(run_config, data.eval_split, base, labels, origin)
         _check_num_labels(run_config, train)
     return Prepared(train, evaluation, tokenizer)
+
+
+def prepare_split(
+    run_config: config_lib.RunConfig,
+    split: str,
+    tokenizer: tokenizer_lib.Tokenizer,
+    labels: list[str] | None,
+) -> Cache:
+    """Tokenises one split for a model that has a tokenizer and labels already, or opens what was
+    tokenised before; raises as `prepare`.
+
+    Args:
+      run_config: source, objective and fields.
+      split: which.
+      tokenizer: the model's, with the special tokens of its objective.
+      labels: names of the model's classes by their number; None where it has none.
+    """
+    config_lib.check_objective(run_config)
+    if run_config.objective.name in config_lib.TEXT_OBJECTIVES:
+        return _prepare_split(run_config.data, split, tokenizer)
+    return _prepare_examples(run_config, split, tokenizer, labels, labels)
 
 
 def _added(base: tokenizer_lib.Tokenizer, tokenizer: tokenizer_lib.Tokenizer) -> str:
@@ -203,13 +227,20 @@ def _prepare_examples(
     split: str,
     tokenizer: tokenizer_lib.Tokenizer,
     labels: list[str] | None,
+    origin: str | list[str] | None,
 ) -> example_cache.ExampleCache:
-    """Returns the examples of a split; `labels` are those of the training split, None to find them."""
+    """Returns the examples of a split.
+
+    Args:
+      run_config, split, tokenizer: which, and how they are read.
+      labels: names by number; None to find them in the training split.
+      origin: what labels follow from.
+    """
     data, name = run_config.data, run_config.objective.name
     key = _key(
         example_cache.FORMAT_VERSION,
         sources.identity(data, split),
-        sources.identity(data, data.train_split),  # labels follow from it
+        origin,
         tokenizer.fingerprint(),
         [name, examples.is_regression(run_config), data.input_fields, data.target_field],
     )

@@ -81,7 +81,11 @@ def _macro(
 
 
 def regression(targets_N: np.ndarray, predictions_N: np.ndarray) -> Scores:
-    """Scores numbers: Pearson's and Spearman's correlation, and the mean squared error."""
+    """Scores numbers: Pearson's and Spearman's correlation, and the mean squared error.
+
+    Of numbers that are all the same there is no correlation: it is NaN, as scipy has it. Ranks are those among all
+    examples, in resamples as well.
+    """
     from scipy import stats
 
     ranked = [stats.rankdata(values) for values in (targets_N, predictions_N)]
@@ -101,7 +105,10 @@ def _correlation(x_N: np.ndarray, y_N: np.ndarray) -> Estimate:
         mean_x, mean_y = counts_RN @ x_N / sums, counts_RN @ y_N / sums
         covariance = counts_RN @ (x_N * y_N) / sums - mean_x * mean_y
         squares = (counts_RN @ x_N**2 / sums - mean_x**2) * (counts_RN @ y_N**2 / sums - mean_y**2)
-        return covariance / np.sqrt(np.maximum(squares, 1e-300))
+        # What is left of nothing by rounding is nothing.
+        is_constant = squares <= 1e-24 * np.square(np.abs(x_N).max() * np.abs(y_N).max())
+        root = np.sqrt(np.where(is_constant, 1.0, squares))
+        return np.where(is_constant, np.nan, covariance / root)
 
     return bootstrap.of_counts(score, len(x_N))
 

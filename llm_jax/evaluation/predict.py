@@ -151,13 +151,17 @@ def window_losses(
     mesh: jax.sharding.Mesh,
     rules: Any,
     ids_N: np.ndarray,
+    eos_id: int,
     stride: int,
 ) -> np.ndarray:
     """Returns the loss of each token but the first, in nats, float32 [N - 1]: each is scored once.
 
     Windows of `data.sequence_length` begin `stride` tokens apart, and each scores what those before it have not:
-    a token sees at least length - stride tokens before it, where there are so many.
+    a token sees at least length - stride tokens before it, where its document has so many. As in training,
+    documents of `data.packing` "packed" do not see each other, and what follows the end of one is NaN: nobody
+    predicts it.
     """
+    is_packed = config.data.packing == "packed"
     length, size = config.data.sequence_length, config.data.batch_size
     # Window k predicts tokens up to k * stride + length, of which the last `stride` are new.
     ends = np.arange(length, len(ids_N) - 1 + stride, stride)
@@ -168,15 +172,18 @@ def window_losses(
         tokens, targets, segments, places = (np.zeros((size, length), np.int32) for _ in range(4))
         new = []
         for row, end in enumerate(ends[start : start + size]):
-            end = min(int(end), len(ids_N) - 1)
-            begin = max(0, end - length)
+            begin, end = int(end) - length, min(int(end), len(ids_N) - 1)
             count = end - begin
             tokens[row, :count], targets[row, :count] = ids_N[begin:end], ids_N[begin + 1 : end + 1]
-            segments[row, :count], places[row, :count] = 1, np.arange(count)
+            ends_before = np.cumsum(np.append(0, ids_N[begin : end - 1] == eos_id) * is_packed)
+            starts = np.searchsorted(ends_before, ends_before)
+            segments[row, :count] = 1 + ends_before
+            places[row, :count] = np.arange(count) - starts
             number = start + row
             first = 0 if number == 0 else int(ends[number - 1])
             new.append((row, first - begin, count, first, end))
-        batch = batch_lib.Batch(tokens, targets, np.ones_like(tokens, np.float32), segments, places)
+        weights = np.ones_like(tokens, np.float32)
+        batch = batch_lib.Batch(tokens, targets, weights, segments, places)
         rows = placement.host_rows(place, tokens.shape)
         local = batch._replace(
             **{name: field[rows] for name, field in batch._asdict().items() if field is not None}
@@ -184,7 +191,7 @@ def window_losses(
         found = _everywhere(run(model, placement.to_mesh(local, place, size, rows)))
         for row, skip, count, first, end in new:
             losses_N[first:end] = found[row, skip:count]
-    return losses_N
+    return np.where((ids_N[:-1] == eos_id) & is_packed, np.float32(np.nan), losses_N)
 
 
 def _token_losses(

@@ -30,6 +30,7 @@ from llm_jax import errors
 from llm_jax.data import examples as examples_lib
 from llm_jax.data import prepare
 from llm_jax.data import sources
+from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.objectives import examples as objective_examples
 from llm_jax.evaluation import bootstrap
 from llm_jax.evaluation import metrics
@@ -43,18 +44,28 @@ class Options:
 
     Attributes:
       num_beams: of a search; 1: greedy.
-      max_tokens: of a text that is written.
+      max_tokens: of a text that is written; None: 128, or what the model has room for.
       stride: of windows; None: half of one.
     """
 
     num_beams: int = 1
-    max_tokens: int = 128
+    max_tokens: int | None = None
     stride: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What tasks are given: a model on a mesh, and the data of its run."""
+    """What tasks are given: a model on a mesh, and what is scored, in its tokens.
+
+    Attributes:
+      workdir: of the run.
+      meta: of the checkpoint.
+      config: of the run, its data as they are scored.
+      model, mesh, rules: where the model lies.
+      cache: of the split that is scored.
+      tokenizer: of the model.
+      of: what is scored where it is not the run's own split, for names of files.
+    """
 
     workdir: str
     meta: checkpoint.Meta
@@ -62,7 +73,9 @@ class Checkpoint:
     model: build.Model
     mesh: jax.sharding.Mesh
     rules: Any
-    prepared: prepare.Prepared
+    cache: prepare.Cache
+    tokenizer: tokenizer_lib.Tokenizer
+    of: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +100,7 @@ def run(name: str, given: Checkpoint, options: Options) -> dict[str, Any]:
     found = {
         "task": name,
         "step": given.meta.step,
-        "split": given.prepared.eval.manifest.split,
+        "split": given.cache.manifest.split,
         "source": given.config.data.source,
         "examples": len(result.rows),
         "scores": {key: dataclasses.asdict(one) for key, one in result.scores.estimates.items()},
@@ -126,11 +139,12 @@ def table(found: dict[str, Any]) -> str:
 def _write(name: str, given: Checkpoint, found: dict[str, Any], rows: Sequence[dict]) -> None:
     folder = epath.Path(given.workdir) / "evaluation" / str(given.meta.step)
     folder.mkdir(parents=True, exist_ok=True)
+    name += f"-{given.of}" * bool(given.of)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     if "confusion" in found:
-        _draw(folder / "confusion.png", found["confusion"], found["labels"])
+        _draw(folder / f"{name}.png", found["confusion"], found["labels"])
 
 
 def _draw(path: epath.Path, confusion: list[list[int]], labels: Sequence[str]) -> None:
@@ -172,13 +186,13 @@ def _inputs(given: Checkpoint, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batches(given: Checkpoint):
-    cache, tokenizer = given.prepared.eval, given.prepared.tokenizer
+    cache, tokenizer = given.cache, given.tokenizer
     return predict.batches(given.config, cache, tokenizer, given.mesh, given.rules)
 
 
 def _classification(given: Checkpoint, options: Options) -> Result:
     del options
-    records, names = _records(given), given.prepared.labels
+    records, names = _records(given), given.meta.labels
     if given.config.objective.name == "token":
         wanted, said = predict.token_labels(
             given.config, given.model, _batches(given), len(records)
@@ -202,8 +216,8 @@ def _classification(given: Checkpoint, options: Options) -> Result:
 
 def _spans(given: Checkpoint, options: Options) -> Result:
     del options
-    records, tokenizer = _records(given), given.prepared.tokenizer
-    starts = predict.kept_contexts(given.config, given.prepared.eval, tokenizer)
+    records, tokenizer = _records(given), given.tokenizer
+    starts = predict.kept_contexts(given.config, given.cache, tokenizer)
     found = predict.spans(given.config, given.model, _batches(given), starts)
     fields, target = examples_lib.input_fields(given.config.data), given.config.data.target_field
     rows = []
@@ -232,7 +246,16 @@ def _generation(given: Checkpoint, options: Options) -> Result:
     from llm_jax.sampling import load
     from llm_jax.sampling import samplers
 
+    if (
+        given.config.objective.is_input_bidirectional
+        and given.config.model.architecture == "decoder"
+    ):
+        raise errors.UserError(
+            "--tasks: generation reads a decoder's inputs from left to right, and this one was trained with"
+            " objective.is_input_bidirectional: score it by its loss"
+        )
     records, data = _records(given), given.config.data
+    options = dataclasses.replace(options, max_tokens=_max_tokens(given.config, options))
     fields = examples_lib.input_fields(data)
     loaded = load.load(given.workdir, given.meta.step)
     prompts = [
@@ -261,9 +284,18 @@ def _generation(given: Checkpoint, options: Options) -> Result:
     return Result(metrics.texts(said, [row["target"] for row in rows]), rows)
 
 
+def _max_tokens(config: config_lib.RunConfig, options: Options) -> int:
+    """Returns how many tokens a text may have."""
+    if options.max_tokens is not None:
+        return options.max_tokens
+    if config.model.architecture == "encoder_decoder":
+        return min(128, config.objective.target_length, config.model.max_length - 1)
+    return min(128, config.data.sequence_length // 2)
+
+
 def _prompt_ids(given: Checkpoint, texts: Sequence[str], options: Options) -> tuple[int, ...]:
     """Returns what a model reads of an example, cut as in training; a decoder has room to write."""
-    config, tokenizer = given.config, given.prepared.tokenizer
+    config, tokenizer = given.config, given.tokenizer
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     room = config.data.sequence_length - len(first) - len(texts)
     if config.model.architecture == "decoder":
@@ -283,16 +315,18 @@ def _prompt_ids(given: Checkpoint, texts: Sequence[str], options: Options) -> tu
 
 
 def _perplexity(given: Checkpoint, options: Options) -> Result:
-    cache, length = given.prepared.eval, given.config.data.sequence_length
+    cache, length = given.cache, given.config.data.sequence_length
     stride = length // 2 if options.stride is None else options.stride
     if not 1 <= stride <= length:
         raise errors.UserError(f"--stride={stride}: use 1 to data.sequence_length = {length}")
     ids_N = np.asarray(cache.tokens, np.int32)
     losses_N = predict.window_losses(
-        given.config, given.model, given.mesh, given.rules, ids_N, stride
+        given.config, given.model, given.mesh, given.rules, ids_N, cache.eos_id, stride
     )
+    is_scored_N = ~np.isnan(losses_N)
     # Loss i is that of token i + 1. Documents are what is resampled, as their tokens are not independent.
     owners_N = np.searchsorted(cache.offsets, np.arange(1, len(ids_N)), side="right") - 1
+    owners_N, losses_N = owners_N[is_scored_N], losses_N[is_scored_N]
     counts_D, sums_D = np.bincount(owners_N), np.bincount(owners_N, losses_N)
     loss = bootstrap.of_mean(sums_D / np.maximum(counts_D, 1), counts_D)
     per_byte = cache.num_tokens / max(cache.num_bytes, 1) / math.log(2)

@@ -53,6 +53,8 @@ def test_correlations_are_scipys():
     assert found["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic)
     assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
     assert found["mse"] == pytest.approx(np.mean((x - y) ** 2))
+    constant = _values(metrics.regression(x, np.full(50, 0.1)))
+    assert np.isnan(constant["pearson"]) and np.isnan(constant["spearman"])
 
 
 def test_texts_are_scored_as_the_libraries_do():

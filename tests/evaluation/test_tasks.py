@@ -17,6 +17,7 @@ from llm_jax.evaluation import predict
 from llm_jax.evaluation import tasks
 from tests import commands
 from tests import helpers
+from tests.multihost import runs
 
 WORDS = ["red", "green", "blue", "small", "large"]
 RECORDS = [
@@ -110,7 +111,7 @@ def test_labels_of_sequences(run_of):
     assert all(row["target"] == row["text"].split()[0] for row in rows)
     (folder,) = (workdir / "evaluation").iterdir()
     assert json.loads((folder / "classification.json").read_text()) == found
-    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "classification.png").read_bytes().startswith(b"\x89PNG")
     assert "accuracy" in tasks.table(found)
 
 
@@ -179,12 +180,16 @@ def test_perplexity_scores_each_token_once_with_what_is_before_it(run_of):
                 return model(tokens, places)
 
             for stride in (8, 32):
-                losses = predict.window_losses(config, model, mesh, rules, ids, stride)
-                for index in (0, 5, 31, 32, 33, 77, 150, 198):
+                eos_id = prepared.eval.eos_id
+                losses = predict.window_losses(config, model, mesh, rules, ids, eos_id, stride)
+                np.testing.assert_array_equal(np.isnan(losses), ids[:-1] == eos_id)
+                for index in np.flatnonzero(~np.isnan(losses))[[0, 5, 31, 32, 33, 77, 150, -1]]:
                     # The window that scores it first: ends at the first end behind it.
                     end = 32 + -(-max(0, index + 1 - 32) // stride) * stride
-                    end = min(end, len(ids) - 1)
-                    begin = max(0, end - 32)
+                    first, end = end - 32, min(end, len(ids) - 1)
+                    # And no more of what is before than the token's own document.
+                    ends = np.flatnonzero(ids[: index + 1] == eos_id)
+                    begin = max(first, *(ends + 1))
                     tokens = np.zeros((1, 32), np.int32)
                     tokens[0, : end - begin] = ids[begin:end]
                     row = np.asarray(logits(tokens))[0, index - begin].astype(np.float64)
@@ -194,22 +199,32 @@ def test_perplexity_scores_each_token_once_with_what_is_before_it(run_of):
 
     prepared = checkpoint.read_latest(str(workdir), None, read)
     rows = _rows(workdir, "perplexity")
-    assert sum(row["tokens"] for row in rows) == prepared.eval.num_tokens - 1
+    # The first token of a document follows nothing.
+    num_scored = prepared.eval.num_tokens - prepared.eval.num_documents
+    assert sum(row["tokens"] for row in rows) == num_scored
     total = sum(row["tokens"] * row["loss"] for row in rows)
-    assert found["scores"]["loss"]["value"] == pytest.approx(total / (prepared.eval.num_tokens - 1))
+    assert found["scores"]["loss"]["value"] == pytest.approx(total / num_scored)
 
 
-def test_a_source_of_its_own_is_scored_whole(run_of, tmp_path):
+def test_windows_of_no_overlap_give_the_loss_of_the_run(run_of):
+    loss = _score(run_of("causal"), "loss")["eval/validation/loss"]
+    found = _score(run_of("causal"), "perplexity", stride=32)
+    assert found["scores"]["loss"]["value"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_source_of_its_own_is_scored_whole_without_what_was_trained_on(run_of, tmp_path):
     workdir = run_of("sequence")
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RECORDS[:13]))
 
     def read(step_dir, meta):
-        data = dataclasses.replace(meta.config.data, eval_source=f"jsonl:{tmp_path}/test.jsonl")
+        own = {"eval_source": f"jsonl:{tmp_path}/test.jsonl", "source": "jsonl:not_here.jsonl"}
+        data = dataclasses.replace(meta.config.data, **own)
         meta = dataclasses.replace(meta, config=dataclasses.replace(meta.config, data=data))
-        return evaluate.run(step_dir, meta, str(workdir), ["classification"], tasks.Options())[0]
+        given = (str(workdir), ["classification"], tasks.Options(), "test")
+        return evaluate.run(step_dir, meta, *given)[0]
 
     assert checkpoint.read_latest(str(workdir), None, read)["examples"] == 13
-    assert [row["text"] for row in _rows(workdir, "classification")] == [
+    assert [row["text"] for row in _rows(workdir, "classification-test")] == [
         row["text"] for row in RECORDS[:13]
     ]
 
@@ -239,3 +254,23 @@ def test_the_command_scores_tasks_and_says_what_is_wrong(run_of, tmp_path):
     assert "eval/validation/loss" in loss and found["examples"] == 5
     assert "accuracy" in both[2]
     assert wrong[0] == 2 and "files of their own by --source" in wrong[2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "objective, name", [("sequence", "classification"), ("seq2seq", "generation")]
+)
+def test_answers_do_not_depend_on_hosts(run_of, tmp_path, objective, name):
+    """13 examples: the last batch of two hosts with two devices each is a part of one."""
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RECORDS[:13]))
+    found = []
+    for hosts, devices in ((1, 1), (2, 2)):
+        workdir = run_of(objective, 60)
+        flags = (f"--tasks={name}", f"--source=jsonl:{tmp_path}/test.jsonl", "--max_tokens=3")
+        run = runs.Run("llm_jax.evaluate", workdir, *flags, hosts=hosts, devices=devices).finish()
+        (line,) = run.out.getvalue().splitlines()
+        record = json.loads(line.removeprefix("[0] "))
+        del record["seconds"]
+        found.append((record, _rows(workdir, f"{name}-test")))
+    assert found[0] == found[1]
+    assert found[0][0]["examples"] == len(found[0][1]) == 13
