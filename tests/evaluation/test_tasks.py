@@ -189,7 +189,7 @@ def test_perplexity_scores_each_token_once_with_what_is_before_it(run_of):
                     first, end = end - 32, min(end, len(ids) - 1)
                     # And no more of what is before than the token's own document.
                     ends = np.flatnonzero(ids[: index + 1] == eos_id)
-                    begin = max(first, *(ends + 1))
+                    begin = max([first, *(ends + 1)])
                     tokens = np.zeros((1, 32), np.int32)
                     tokens[0, : end - begin] = ids[begin:end]
                     row = np.asarray(logits(tokens))[0, index - begin].astype(np.float64)
