@@ -1,6 +1,5 @@
 """Data sets of tasks: read as their sources have them, split without leaks, written whole and alike each time."""
 
-import gzip
 import json
 
 import pytest
@@ -11,8 +10,21 @@ from experiments.tasks.data import newsgroups
 from experiments.tasks.data import python_code
 from experiments.tasks.data import spam
 from experiments.tasks.data import splits
+from experiments.tasks.data import wordnet
 
 WORDS = [f"w{i}" for i in range(400)]
+DRY = (
+    "00000012 00 s 02 dry(p) 0 bone_dry 0 002 ! 00000099 s 0102 = 00000007 n 0000"
+    ' | free from liquid or moisture; "it is there"; "so"  '
+)
+
+
+def _synset(place, *words, part="n", gloss=None, pointers=()):
+    """Returns a line of WordNet; pointers are of nouns, by symbol and place."""
+    pointed = " ".join(f"{symbol} {other:08} {part} 0000" for symbol, other in pointers)
+    listed = " ".join(f"{word.replace(' ', '_')} 0" for word in words)
+    gloss = gloss or f"gloss of {place}"
+    return f"{place:08} 03 {part} {len(words):02x} {listed} {len(pointers):03} {pointed} | {gloss}"
 
 
 def _text(start, count=30):
@@ -103,25 +115,50 @@ def test_summaries_take_one_package_of_each_source():
     ]  # fmt: skip
 
 
-def test_glosses_are_without_their_examples():
-    line = (
-        '00001740 03 n 01 physical_entity 0 000 | that which exists in fact; "it is there"; "so"  '
+def test_synsets_are_read_with_what_they_point_at():
+    (found,) = wordnet.synsets(f"  1 a licence\n{DRY}\n")
+    assert found.key == ("a", 12)
+    assert found.words == ("dry", "bone dry")
+    assert found.gloss == "free from liquid or moisture"
+    assert found.pointers == (
+        wordnet.Pointer("!", ("a", 99), source=1, target=2),
+        wordnet.Pointer("=", ("n", 7), source=0, target=0),
     )
-    assert list(definitions.wordnet(f"  1 a licence\n{line}\n")) == [
-        ("physical entity", "that which exists in fact")
-    ]
+
+
+def test_terms_are_asked_for_by_their_first_sense():
+    files = {
+        "data": [_synset(1, "bank", "dog"), _synset(2, "bank", "shore"), _synset(3, "Dog")],
+        "index": ["bank n 2 1 @ 2 1 00000002 00000001", "shore n 1 0 1 0 00000002",
+                  "dog n 2 1 @ 2 1 00000003 00000001"],
+    }  # fmt: skip
+    found = definitions.wordnet(*("\n".join(["  1 a licence", *files[kind]]) for kind in files))
+    # Nothing means the first synset before all else.
+    assert list(found) == [("bank", "gloss of 2"), ("Dog", "gloss of 3")]
+
+
+def test_a_term_has_its_first_fit_gloss():
     rows = definitions.examples_of(
         iter([("A", "one"), ("a", "a fit gloss here"), ("A", "another fit gloss")])
     )
     assert rows == [{"question": "What is a?", "answer": "a fit gloss here", "term": "a"}]
 
 
-def test_dictionaries_of_dictd_are_read_by_place():
-    text = b"head\n   A <text> {word} that is said. And more.\n"
-    index = f"00-database-info\tA\tB\nhead\tA\t{definitions._DIGITS[len(text)]}\n"
-    assert list(definitions.foldoc(index, gzip.decompress(gzip.compress(text)))) == [
-        ("head", "A word that is said")
-    ]
+@pytest.mark.parametrize(
+    "entry, wanted",
+    [
+        ("head\n\n   A <text> {word} that is said. And more.\n", [("head", "A <text> word that is said")]),
+        ("Head\nHD\n\n   <a field> (HD) /hed/ A word,\n   e.g. this. More.\n", [("Head", "A word, e.g. this")]),
+        ("head\n\n   No sentence\n\n   here. Nor\n", []),
+        ("head\n   of another form.\n", []),
+    ],
+)  # fmt: skip
+def test_dictionaries_of_dictd_are_read_by_place(entry, wanted):
+    text, start = f"none\n{entry}".encode(), definitions._DIGITS[5]
+    size = "".join(definitions._DIGITS[n] for n in divmod(len(entry), 64))
+    # Words that an entry is found by stand in the index with the same place.
+    index = f"00-database-info\tA\tB\nhead\t{start}\t{size}\nother\t{start}\t{size}\n"
+    assert list(definitions.foldoc(index, text)) == wanted
 
 
 def test_spans_are_where_they_are_said_to_be():

@@ -15,41 +15,46 @@ import random
 import re
 
 from experiments.tasks.data import splits
+from experiments.tasks.data import wordnet as wordnet_lib
 from llm_jax.data import packages
 
-_PARTS = ("noun", "verb", "adj", "adv")
 _FEWEST, _MOST = 3, 40  # words of an answer
 _NUM_OTHERS = 4
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
-def wordnet(data_file: str) -> Iterator[tuple[str, str]]:
-    """Yields terms and glosses of a file of synsets (wndb(5WN)): each synset's first word."""
-    for line in data_file.splitlines():
-        if line.startswith("  "):  # the licence
-            continue
-        fields, _, gloss = line.partition(" | ")
-        word = re.sub(r"\(\w+\)$", "", fields.split()[4]).replace("_", " ")
-        yield word, gloss_of(gloss)
-
-
-def gloss_of(gloss: str) -> str:
-    """Returns a gloss without the examples, in quotes, that follow it."""
-    return re.split(r';\s*"', gloss.strip())[0].strip().rstrip(";")
+def wordnet(data_file: str, index_file: str) -> Iterator[tuple[str, str]]:
+    """Yields terms and glosses of a part of speech: a synset's first word that means it before all else."""
+    first = wordnet_lib.first_senses(index_file)
+    for synset in wordnet_lib.synsets(data_file):
+        words = [word for word in synset.words if first[word.lower()] == synset.key]
+        if words:
+            yield words[0], synset.gloss
 
 
 def foldoc(index: str, text: bytes) -> Iterator[tuple[str, str]]:
-    """Yields headwords and the first sentences of a dictd dictionary: places are numbers of base 64."""
+    """Yields terms and the first sentences of a dictd dictionary, an entry once: places are numbers of base 64.
+
+    An entry begins with lines of what it is found by; the first is the term. What is set in is its text.
+    """
+    seen = set()
     for line in index.splitlines():
         word, start, length = line.split("\t")
-        if word.startswith("00-database"):
+        if word.startswith("00-database") or start in seen:
             continue
+        seen.add(start)
         entry = text[_number(start) : _number(start) + _number(length)].decode("utf-8", "replace")
-        _, _, body = entry.partition("\n")
-        body = re.sub(r"<[^>]*>", " ", body).replace("{", "").replace("}", "")
-        sentence = re.match(r"\s*(.+?[.])(\s|$)", " ".join(body.split()))
+        heads, _, body = entry.strip("\n").partition("\n\n")
+        heads = heads.splitlines()
+        if any(head[:1].isspace() for head in heads) or not body[:1].isspace():
+            continue
+        paragraph = " ".join(re.split(r"\n\s*\n", body)[0].split())
+        # Before the text: its field, other spellings of the term, how it is spoken.
+        paragraph = re.sub(r"^((<[^>]*>|\([^()]*\)|/[^/ ]+/)\s*)+", "", paragraph)
+        paragraph = re.sub(r"[{}]", "", paragraph)
+        sentence = re.match(r"(.+?(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)(?<! [A-Z])\.)(\s|$)", paragraph)
         if sentence:
-            yield word, sentence[1].rstrip(".")
+            yield heads[0].strip(), sentence[1].rstrip(".")
 
 
 def _number(digits: str) -> int:
@@ -71,8 +76,9 @@ def examples_of(pairs: Iterator[tuple[str, str]]) -> list[splits.Example]:
 
 def _pairs() -> Iterator[tuple[str, str]]:
     folder = packages.apt("wordnet-base") / "usr/share/wordnet"
-    for part in _PARTS:
-        yield from wordnet((folder / f"data.{part}").read_text(encoding="utf-8"))
+    for part in wordnet_lib.PARTS.values():
+        files = [folder / f"{kind}.{part}" for kind in ("data", "index")]
+        yield from wordnet(*(file.read_text(encoding="utf-8") for file in files))
     folder = packages.apt("dict-foldoc") / "usr/share/dictd"
     with gzip.open(folder / "foldoc.dict.dz") as file:
         text = file.read()
@@ -80,8 +86,10 @@ def _pairs() -> Iterator[tuple[str, str]]:
 
 
 def _about(split: str) -> dict[str, str]:
+    names = ("wordnet-base", "dict-foldoc")
+    versions = " and ".join(f"{name} {packages.apt_version(name)}" for name in names)
     return {
-        "source": "wordnet-base and dict-foldoc, as Debian packages them",
+        "source": f"{versions}, as Debian packages them",
         "licence": "WordNet 3.0; GFDL",
         "split": split,
     }
