@@ -1,6 +1,8 @@
 """Data sets of tasks: read as their sources have them, split without leaks, written whole and alike each time."""
 
+import collections
 import json
+import random
 
 import pytest
 
@@ -8,9 +10,11 @@ from experiments.tasks.data import debian
 from experiments.tasks.data import definitions
 from experiments.tasks.data import newsgroups
 from experiments.tasks.data import python_code
+from experiments.tasks.data import relations
 from experiments.tasks.data import spam
 from experiments.tasks.data import splits
 from experiments.tasks.data import wordnet
+from llm_jax.evaluation import metrics
 
 WORDS = [f"w{i}" for i in range(400)]
 DRY = (
@@ -203,3 +207,119 @@ def test_data_that_are_not_there_are_named(name):
 
     with pytest.raises(errors.UserError, match="newsgroups|use one of it"):
         command.load(name)
+
+
+def _tree(size=400, symbols=("@", "#p", "#m", "!")):
+    """Returns nouns n0, n1, ... that point at earlier ones, whose glosses name what they and others point at."""
+    drawn, lines = random.Random(0), []
+    for place in range(size):
+        others = drawn.sample(range(place), min(place, 2))
+        pointers = [(symbols[(place + i) % len(symbols)], other) for i, other in enumerate(others)]
+        named = " and then ".join(f"a n{other}x" for other in [*others, drawn.randrange(size)])
+        lines.append(_synset(place, f"n{place}x", gloss=named, pointers=pointers))
+    return {synset.key: synset for synset in wordnet.synsets("\n".join(lines))}
+
+
+def _judged(row):
+    for first, name, second in row["relations"]:
+        yield " ".join(row["words"][slice(*first)]), name, " ".join(row["words"][slice(*second)])
+
+
+def test_relations_are_those_of_wordnet_and_no_pair_is_in_two_splits():
+    tree = _tree()
+    above = relations.ancestors(tree)
+    found, counts, where = relations.examples_of(tree), collections.Counter(), {}
+    for split, rows in found.items():
+        for row in rows:
+            for first, name, second in _judged(row):
+                head, tail = (tree["n", int(word[1:-1])] for word in (first, second))
+                said = {relations._NAMES[p.symbol] for p in head.pointers if p.key == tail.key}
+                back = {relations._NAMES[p.symbol] for p in tail.pointers if p.key == head.key}
+                if name == "none":
+                    assert not said | back
+                elif name == "opposite_of":
+                    assert name in said | back
+                    assert row["words"].index(first) < row["words"].index(second)
+                else:
+                    assert name in said or (name == "kind_of" and tail.key in above[head.key])
+                if name != "none" or row["kind"] == "pair":
+                    pair = frozenset((head.key, tail.key))
+                    assert where.setdefault(pair, split) == split
+                counts[row["kind"], name] += 1
+    assert all(found.values())
+    assert len(counts) == 10 and min(counts.values()) > 3
+
+
+def test_labels_are_of_the_words_that_relations_join():
+    for rows in relations.examples_of(_tree()).values():
+        for row in rows:
+            assert len(row["labels"]) == len(row["words"])
+            joined = {tuple(span) for one in row["relations"] for span in one[::2]}
+            labelled = {(start, stop) for start, stop, _ in metrics.entities(row["labels"])}
+            assert joined <= labelled
+            if row["kind"] == "pair":
+                assert joined == labelled and len(joined) == 2
+                first, name, second = row["relations"][0]
+                assert first < second or name not in ("none", "opposite_of")
+
+
+def test_sentences_do_not_tell_the_relation():
+    parts, members = (_tree(symbols=[symbol] * 4) for symbol in ("#p", "#m"))
+    found = []
+    for tree in (parts, members):
+        rows = relations.pair_examples(tree, relations.ancestors(tree))
+        found.append({frozenset(row["words"]) for _, row in rows if "none" not in str(row)})
+    # Which pairs there are is drawn by their relation, too.
+    shared = found[0] & found[1]
+    assert len(shared) > 0.7 * len(found[0])
+
+
+def test_ancestors_are_found_from_any_height_and_in_circles():
+    lines = [_synset(i, f"n{i}", pointers=[("@", other)]) for i, other in enumerate([1, 2, 1])]
+    tree = {synset.key: synset for synset in wordnet.synsets("\n".join(lines))}
+    found = relations.ancestors(tree)
+    assert found["n", 0] == {("n", 1), ("n", 2)} and found["n", 1] == {("n", 2)}
+
+
+def test_words_of_several_meanings_are_judged_where_these_agree():
+    lines = [
+        _synset(1, "animal"), _synset(2, "limb"), _synset(3, "dog", pointers=[("@", 1)]),
+        _synset(4, "paw", "foot", gloss="a foot of an animal or dog, a big limb", pointers=[("#p", 1), ("@", 2)]),
+        _synset(5, "limb", "wing"),
+        _synset(8, "hand", gloss="a limb", pointers=[("#p", 2), ("@", 5)]),
+        _synset(6, "flag", gloss="an animal"), _synset(7, "dog", "run", part="v"),
+    ]  # fmt: skip
+    tree = {synset.key: synset for synset in wordnet.synsets("\n".join(lines))}
+    glosses = relations.Glosses(tree, relations.ancestors(tree))
+    _, row = glosses.example(tree["n", 4])
+    # A hand is a part of one of its meanings, and a kind of the other.
+    assert glosses.example(tree["n", 8]) is None
+    # A dog may be a verb, a foot is the paw itself.
+    assert list(_judged(row)) == [("paw", "part_of", "animal"), ("paw", "kind_of", "limb")]
+    assert glosses.example(tree["n", 6]) is None
+
+
+def test_a_pair_that_two_glosses_name_is_of_the_lower_ones_split():
+    lines = [
+        _synset(i, f"n{i}x", gloss=f"a n{i ^ 2}x", pointers=[("@", i - 1)] if i % 4 else [])
+        for i in range(400)
+    ]
+    tree = {synset.key: synset for synset in wordnet.synsets("\n".join(lines))}
+    glosses = relations.Glosses(tree, relations.ancestors(tree))
+    splits_of_pairs = set()
+    for i in range(0, 400, 4):
+        (split, upper), (same, lower) = (glosses.example(tree["n", i + k]) for k in (0, 2))
+        assert list(_judged(upper)) == list(_judged(lower)) == [(f"n{i + 2}x", "kind_of", f"n{i}x")]
+        assert split == same == relations.split_of(("n", i + 2))
+        splits_of_pairs.add(split)
+    assert len(splits_of_pairs) == 3
+
+
+def test_what_has_a_relation_is_not_said_to_have_none():
+    lines = [
+        _synset(i, f"n{i}x", pointers=[("#p", other) for other in range(i)]) for i in range(20)
+    ]
+    tree = {synset.key: synset for synset in wordnet.synsets("\n".join(lines))}
+    rows = relations.pair_examples(tree, relations.ancestors(tree))
+    assert len(rows) == 19 * 4 - 6  # four of each whole, fewer of the last ones
+    assert all(name == "part_of" for _, row in rows for _, name, _ in _judged(row))

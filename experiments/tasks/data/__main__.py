@@ -9,6 +9,7 @@ from experiments.tasks.data import debian
 from experiments.tasks.data import definitions
 from experiments.tasks.data import newsgroups
 from experiments.tasks.data import python_code
+from experiments.tasks.data import relations
 from experiments.tasks.data import spam
 from experiments.tasks.data import splits
 from llm_jax import command
@@ -22,6 +23,7 @@ DATA_SETS = {
     "descriptions": debian.descriptions,
     "definitions": definitions.definitions,
     "spans": definitions.spans,
+    "relations": relations.load,
     "python_code": python_code.code,
     "python_fill": python_code.fill,
 }
