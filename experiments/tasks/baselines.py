@@ -176,32 +176,42 @@ BASELINES: dict[str, Callable[[str, preprocessing.Stage], Baseline]] = {
 }
 
 
+def score(name: str, stages: Sequence[str]) -> tuple[dict[str, Any], Baseline]:
+    """Returns what is kept of a baseline, without any of its texts, and the baseline.
+
+    Raises:
+      errors.UserError: there is no such baseline, its data were not written, or there is no such stage.
+    """
+    if name not in BASELINES:
+        hint = errors.nearest(name, BASELINES)
+        raise errors.UserError(f"{name!r} is none of {', '.join(BASELINES)}{hint}")
+    started = time.monotonic()
+    found = BASELINES[name](name, preprocessing.make(stages))
+    kept = {
+        "data": name,
+        "preprocessing": list(stages),
+        "scores": {key: dataclasses.asdict(one) for key, one in found.scores.items()},
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return kept, found
+
+
 def define_flags() -> None:
     command.define_argument("NAME", f"What: {', '.join(BASELINES)}.")
     flags.DEFINE_list("preprocessing", [], f"Stages: {', '.join(preprocessing.STAGES)}.")
 
 
 def main() -> None:
-    name = command.argument("NAME")
-    if name not in BASELINES:
-        hint = errors.nearest(name, BASELINES)
-        raise errors.UserError(f"{name!r} is none of {', '.join(BASELINES)}{hint}")
-    stages, started = flags.FLAGS.preprocessing, time.monotonic()
-    found = BASELINES[name](name, preprocessing.make(stages))
-    result = {
-        "data": name,
-        "preprocessing": stages,
-        "scores": {key: dataclasses.asdict(one) for key, one in found.scores.items()},
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    name, stages = command.argument("NAME"), flags.FLAGS.preprocessing
+    kept, found = score(name, stages)
     RESULTS.mkdir(exist_ok=True)
     file = "-".join([name, "baseline", *stages]) + ".json"
-    (RESULTS / file).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (RESULTS / file).write_text(json.dumps(kept, indent=1) + "\n")
     for given, wanted, said in found.examples:
         print(f"given: {given}\nwanted: {wanted}\nsaid: {said}\n")
     for key, estimate in found.scores.items():
         print(f"{key:16} {estimate}")
-    print(f"{result['seconds']} s, {RESULTS / file}")
+    print(f"{kept['seconds']} s, {RESULTS / file}")
 
 
 if __name__ == "__main__":
