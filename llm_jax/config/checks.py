@@ -321,6 +321,12 @@ def check_objective(config: schema.RunConfig) -> None:
         packing,
         f"objective.name = {name!r} takes {' or '.join(packings)}",
     )
+    values.require(
+        name == "sequence" or not config.data.preprocessing,
+        "data.preprocessing",
+        config.data.preprocessing,
+        "its stages are for objective.name = 'sequence': other texts are written, or looked for by place",
+    )
     if name not in schema.TEXT_OBJECTIVES:
         _check_examples(config.data, name)
 

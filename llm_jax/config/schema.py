@@ -246,6 +246,9 @@ class DataConfig:
         "text"  # of an example: the field of its text, or of two: "question,context"
     )
     target_field: str = "label"  # of an example: text to write, label, number, labels or answer
+    # Stages of llm_jax.data.preprocessing, by commas, for texts that get a label: "normalise,segment,stem".
+    preprocessing: str = ""
+    language: str = "english"  # of those stages
     too_long: str = (
         "truncate"  # examples that no row holds: truncate (a warning counts them) | refuse
     )

@@ -21,6 +21,7 @@ import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax.data import preprocessing
 from llm_jax.data import sources
 from llm_jax.data import token_cache
 from llm_jax.data import tokenizer as tokenizer_lib
@@ -132,6 +133,9 @@ def columns(
     fields = [*input_fields(config.data), config.data.target_field]
     records = sources.records(config.data, split, fields)
     name, inputs, target = config.objective.name, fields[:-1], fields[-1]
+    stages = preprocessing.split(config.data.preprocessing)
+    if stages:
+        records = _preprocessed(records, inputs, preprocessing.make(stages, config.data.language))
     if name in (*_WITH_TEXT, "sequence"):
         texts = [*inputs, target] if name in _WITH_TEXT else inputs
         for chunk in _chunks(records):
@@ -150,6 +154,14 @@ def columns(
         else:
             texts = [_text(record[field], place, field) for field in inputs]
             yield _answered(tokenizer, *texts, record[target], place)
+
+
+def _preprocessed(
+    records: Records, fields: Sequence[str], change: preprocessing.Stage
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, record in records:
+        changed = {field: change(_text(record[field], place, field)) for field in fields}
+        yield place, record | changed
 
 
 def _chunks(records: Records) -> Iterator[list[tuple[str, dict[str, Any]]]]:

@@ -243,6 +243,7 @@ def _prepare_examples(
         origin,
         tokenizer.fingerprint(),
         [name, examples.is_regression(run_config), data.input_fields, data.target_field],
+        *([data.preprocessing, data.language] if data.preprocessing else []),
     )
     path = _cache_dir(data) / "examples" / key
     if cache_folder.exists(path):

@@ -16,6 +16,7 @@ from llm_jax.data import cache_folder
 from llm_jax.data import example_cache
 from llm_jax.data import examples
 from llm_jax.data import prepare
+from llm_jax.data import preprocessing
 from llm_jax.data import sources
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -65,6 +66,22 @@ def test_every_record_is_in_one_split(run):
     assert prepared.eval.num_examples == 8
     assert prepared.labels == ["bad", "good"] == prepared.eval.manifest.labels
     assert prepared.tokenizer.cls_id == 256
+
+
+def test_texts_that_get_a_label_are_preprocessed_and_kept_apart(run):
+    plain = prepare.prepare(run(SENTIMENT, "sequence")).train
+    config = run(SENTIMENT, "sequence", preprocessing="normalise, stem")
+    stemmed = prepare.prepare(config).train
+    assert stemmed.path != plain.path and stemmed.num_examples == plain.num_examples
+    change = preprocessing.make(["normalise", "stem"])
+    for i in range(plain.num_examples):
+        assert _text(stemmed.inputs[0], i) == change(_text(plain.inputs[0], i))
+    for preprocessed, objective, said in (
+        ("stemm", "sequence", "did you mean 'stem'"),
+        ("stem", "seq2seq", "are for objective.name = 'sequence'"),
+    ):
+        with pytest.raises(errors.UserError, match=said):
+            prepare.prepare(run(SENTIMENT, objective, preprocessing=preprocessed))
 
 
 def test_two_texts_and_a_text_to_write(run):
