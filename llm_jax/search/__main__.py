@@ -8,6 +8,7 @@
 from the terminal, a line each, where none is given.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -19,6 +20,7 @@ from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import errors
 from llm_jax.data import sources
+from llm_jax.evaluation import bootstrap
 from llm_jax.search import embedder as embedder_lib
 from llm_jax.search import index as index_lib
 from llm_jax.search import ranking
@@ -103,9 +105,9 @@ def _evaluate() -> None:
     ranks_N = ranking.ranks(embed(queries), embed(list(numbers)), right_N)
     found = {"queries": len(queries), "documents": len(numbers)}
     for name, values_N in ranking.scores(ranks_N).items():
-        low, high = ranking.interval(values_N)
-        found[name] = {"mean": float(values_N.mean()), "low": low, "high": high}
-        print(f"{name:10} {values_N.mean():.3f}  [{low:.3f}, {high:.3f}]", file=sys.stderr)
+        estimate = bootstrap.of_mean(values_N)
+        found[name] = dataclasses.asdict(estimate)
+        print(f"{name:10} {estimate}", file=sys.stderr)
     print(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}))
 
 

@@ -42,10 +42,3 @@ def scores(ranks_N: np.ndarray, cutoffs: Sequence[int] = (1, 5, 10)) -> dict[str
     found[f"mrr@{last}"] = np.where(is_in, 1.0 / ranks_N, 0.0)
     found[f"ndcg@{last}"] = np.where(is_in, 1.0 / np.log2(1.0 + ranks_N), 0.0)
     return found
-
-
-def interval(values_N: np.ndarray, seed: int = 0, count: int = 1000) -> tuple[float, float]:
-    """Returns a 95% confidence interval of the mean by the percentile bootstrap over queries."""
-    rng = np.random.default_rng(seed)
-    means = [values_N[rng.integers(0, len(values_N), len(values_N))].mean() for _ in range(count)]
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

@@ -151,5 +151,5 @@ def test_the_commands(workdir, tmp_path):
     assert len(lines) == 2 and json.loads(lines[0].partition("  ")[2]) == rows[3]
     found = json.loads(scored[1].splitlines()[-1])
     assert found["queries"] == len(TEXTS)
-    assert found["recall@1"]["low"] <= found["recall@1"]["mean"] <= found["recall@1"]["high"]
+    assert found["recall@1"]["low"] <= found["recall@1"]["value"] <= found["recall@1"]["high"]
     assert wrong[0] == 2 and "name two fields" in wrong[2]
