@@ -94,9 +94,9 @@ def read_params(
     args = ocp.args.PyTreeRestore(
         item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
+    composite = ocp.args.Composite(**{contents.PARAMS: args})
     with meta_lib.damage_agreed(), meta_lib.telling_damage():
-        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        found = reader.restore(step_dir / contents.PARAMS, args)
+        found = meta_lib.checkpointer().restore(step_dir, args=composite)[contents.PARAMS]
     arrays = {
         "/".join(trees.path_keys(p)): x for p, x in jax.tree_util.tree_leaves_with_path(found)
     }
