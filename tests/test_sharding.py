@@ -248,6 +248,6 @@ def test_check_model_looks_at_the_model_alone():
 
 def test_letters_of_a_name():
     assert dims.suffix("q_bias_KGC") == "KGC"
-    for name in ("weight", "w_Dx", "w_DI"):
+    for name in ("weight", "w_Dx", "w_D9"):
         with pytest.raises(ValueError, match=name):
             dims.suffix(name)
