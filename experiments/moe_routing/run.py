@@ -25,6 +25,7 @@ from absl import flags
 from experiments.moe_routing import variants
 from llm_jax import config as config_lib
 from llm_jax import metrics
+from llm_jax.checkpoint import mismatch
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -48,10 +49,15 @@ class Run:
         return RESULTS / f"{self.variant}-{self.seed}.json"
 
     def fingerprint(self) -> str:
-        """Returns a hash of the settings."""
+        """Returns a hash of the settings that are not at their defaults.
+
+        So a setting that the code gets later, which changes nothing by itself, leaves runs what they are.
+        """
         raw = variants.get_config(self.variant)
         raw.train.seed = self.seed
-        settings = dataclasses.asdict(config_lib.from_config_dict(raw))
+        config = config_lib.from_config_dict(raw)
+        changed = mismatch.differing(config_lib.RunConfig(), config)
+        settings = {name: value for name, (_, value) in changed.items()}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def is_done(self) -> bool:

@@ -22,7 +22,7 @@ LENGTH = 12
 ROWS = LENGTH + 1
 
 # What other tests of this file turn, or what nothing but the size or the start depends on.
-ELSEWHERE = {"dropout", "attention_dropout", "remat"}
+ELSEWHERE = {"dropout", "attention_dropout", "remat", "lora"}
 ELSEWHERE |= {"embed_dim", "vocab_size", "max_length", "init_stddev"}
 # Of other families, and of labels.
 ELSEWHERE |= {"architecture", "num_decoder_layers", "num_token_types", "decoder_start_id"}
