@@ -26,6 +26,8 @@ import jax
 from jax._src import clusters
 from jax._src import distributed as jax_distributed  # its client is public nowhere; Orbax reads it
 from jax._src.lib import _jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from llm_jax import errors
 from llm_jax import peers
@@ -239,6 +241,13 @@ def gather(value: Any) -> list[Any]:
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     return [json.loads(text) for _, text in sorted(entries)]
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """Returns all of an array, also where other processes hold some of it; then all must call it."""
+    if array.is_fully_addressable:
+        return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def agree(holds: bool) -> bool:

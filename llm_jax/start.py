@@ -18,9 +18,10 @@ import ml_collections
 from llm_jax import checkpoint
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax import patterns
 from llm_jax import train_step
+from llm_jax import trees
 from llm_jax import tuning
-from llm_jax.models import lora
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,50 +102,36 @@ def state(
         which.
     """
     abstract = train_step.abstract_state(config, rules)
+    targets = checkpoint.on_mesh(trees.by_name(abstract.model), mesh)
     workdir, step = parse(config.tune.start)
 
     def read(step_dir: Any, meta: checkpoint.Meta) -> tuple[Taken, int]:
         _check_tokenizer(config, meta, tokenizer)
-        targets = {
-            tuning.path_of(path): leaf
-            for path, leaf in jax.tree_util.tree_flatten_with_path(abstract.model)[0]
-        }
-        return _take(config, step_dir, meta, checkpoint.on_mesh(targets, mesh)), meta.step
+        return _take(config, step_dir, meta, targets), meta.step
 
     taken, step = checkpoint.read_latest(workdir, step, read)
 
-    def is_drawn(path, leaf):
-        return leaf if tuning.path_of(path) in taken.drawn else None
-
-    def init() -> train_step.TrainState:
-        drawn = train_step.init_state(config, rules)
-        return dataclasses.replace(
-            drawn, model=jax.tree_util.tree_map_with_path(is_drawn, drawn.model)
-        )
+    def init() -> tuple[train_step.TrainState, dict[str, jax.Array]]:
+        state = train_step.init_state(config, rules)
+        drawn = trees.by_name(state.model)
+        state = dataclasses.replace(state, model=None)
+        return state, {name: drawn[name] for name in taken.drawn}
 
     # What is taken is not drawn: the compiler leaves out what nothing asks for.
-    fresh = jax.jit(init)()
-    place = jax.jit(
-        lambda arrays: {name: arrays[name].astype(dtypes[name]) for name in arrays},
+    state, drawn = jax.jit(init)()
+    arrays = jax.jit(
+        lambda arrays: {name: arrays[name].astype(targets[name].dtype) for name in arrays},
         donate_argnums=0,
-    )
-    leaves = jax.tree_util.tree_flatten_with_path(abstract.model)[0]
-    dtypes = {tuning.path_of(path): leaf.dtype for path, leaf in leaves}
-    arrays = place(dict(taken.arrays))
-    model = jax.tree_util.tree_map_with_path(
-        lambda path, leaf, own: arrays[tuning.path_of(path)] if own is None else own,
-        abstract.model,
-        fresh.model,
-        is_leaf=lambda leaf: leaf is None,
-    )
-    return dataclasses.replace(fresh, model=model), f"{workdir}, step {step}: {taken}"
+    )(dict(taken.arrays))
+    model = trees.from_nested(abstract.model, trees.nested(drawn | arrays))
+    return dataclasses.replace(state, model=model), f"{workdir}, step {step}: {taken}"
 
 
 def _check_tokenizer(
     config: config_lib.RunConfig, meta: checkpoint.Meta, tokenizer: Mapping[str, Any]
 ) -> None:
     is_same = meta.tokenizer == dict(tokenizer)
-    if not is_same and not lora.is_matched("embedding/table_VD", config.tune.fresh):
+    if not is_same and not patterns.is_matched("embedding/table_VD", config.tune.fresh):
         raise errors.UserError(
             f"config.tune.start = {config.tune.start!r} was trained with another tokenizer than"
             f" data.tokenizer = {config.data.tokenizer!r}: set it to"
@@ -168,8 +155,8 @@ def _take(
     drawn = [
         name
         for name in targets
-        if lora.is_matched(name, config.tune.fresh)
-        or (name not in saved and lora.is_matched(name, ",".join(tuning.NEW)))
+        if patterns.is_matched(name, config.tune.fresh)
+        or (name not in saved and patterns.is_matched(name, ",".join(tuning.NEW)))
     ]
     wrong = []
     for name, target in targets.items():

@@ -29,6 +29,7 @@ from llm_jax import metrics as metrics_lib
 from llm_jax import sharding
 from llm_jax import start
 from llm_jax import train_step
+from llm_jax import trees
 from llm_jax import tuning
 from llm_jax.data import batch as batch_lib
 from llm_jax.data import objectives
@@ -149,7 +150,7 @@ class Run:
         if state is not None:
             self._say(f"resumed from the checkpoint of step {int(state.step)}")
             return state
-        tuning.check(self._config, tuning.names(abstract.model))
+        tuning.check(self._config, trees.by_name(abstract.model))
         if self._config.tune.start:
             state, taken = start.state(self._config, rules, mesh, tokenizer)
             self._say(f"starts from {taken}")

@@ -17,16 +17,31 @@ def path_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(names[:-1] if names[-1] == "value" else names)
 
 
-def to_nested(tree: Any) -> dict[str, Any]:
-    """Returns a tree's arrays as nested dicts by name, which any later version can read."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, last = path_keys(path)
-        place = nested
+def name_of(path: tuple[Any, ...]) -> str:
+    """Returns the name of the leaf at a tree path: `stack/layers/mlp/up_DF`, as `inspect` prints it."""
+    return "/".join(path_keys(path))
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """Returns a tree's leaves by their names."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns leaves by their names as nested dicts."""
+    found: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        place = found
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = leaf
-    return nested
+    return found
+
+
+def to_nested(tree: Any) -> dict[str, Any]:
+    """Returns a tree's arrays as nested dicts by name, which any later version can read."""
+    return nested(by_name(tree))
 
 
 def from_nested(target: Any, nested: Mapping[str, Any]) -> Any:
@@ -100,5 +115,4 @@ def _fingerprints(tree: Any) -> Any:
 def fingerprints(nested: Mapping[str, Any]) -> dict[str, int]:
     """Returns a 32-bit sum over the bits of each array, by path; independent of sharding."""
     sums = jax.device_get(_fingerprints(nested))
-    flat = jax.tree_util.tree_flatten_with_path(sums)[0]
-    return {"/".join(path_keys(path)): int(value) for path, value in flat}
+    return {name: int(value) for name, value in by_name(sums).items()}

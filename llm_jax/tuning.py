@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax import patterns
 from llm_jax import trees
 from llm_jax.models import lora
 
@@ -23,32 +24,22 @@ _BESIDE_LORA = ("labels/*", "pooler/*", "head_transform/*")
 _NORMS_AFTER = ("final_norm/*", "*/final_norm/*")
 
 
-def path_of(path: tuple[Any, ...]) -> str:
-    """Returns the name of a parameter, as `inspect` prints it."""
-    return "/".join(trees.path_keys(path))
-
-
-def names(model: Any) -> list[str]:
-    """Returns the names of a model's parameters."""
-    return [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(model)[0]]
-
-
 def is_learned(config: config_lib.RunConfig, name: str) -> bool:
     """Returns whether a parameter of this name learns."""
     tune = config.tune
     learn = tune.learn
     if not learn:
         learn = ",".join((f"*/{lora.LORA}/*", *_BESIDE_LORA)) if config.model.lora.is_on else "*"
-    return lora.is_matched(name, learn) and not lora.is_matched(name, tune.freeze)
+    return patterns.is_matched(name, learn) and not patterns.is_matched(name, tune.freeze)
 
 
 def split(config: config_lib.RunConfig, model: Any) -> tuple[Any, Any]:
     """Returns the parameters that learn and those that do not: each the model with None for the others."""
     learned = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if is_learned(config, path_of(path)) else None, model
+        lambda path, leaf: leaf if is_learned(config, trees.name_of(path)) else None, model
     )
     still = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if is_learned(config, path_of(path)) else leaf, model
+        lambda path, leaf: None if is_learned(config, trees.name_of(path)) else leaf, model
     )
     return learned, still
 
@@ -71,7 +62,7 @@ def rates(config: config_lib.RunConfig, learned: Any) -> Any | None:
     if tune.layer_decay == 1.0 and not tune.frozen_layers:
         return None
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _rate(config, path_of(path), leaf.ndim), learned
+        lambda path, leaf: _rate(config, trees.name_of(path), leaf.ndim), learned
     )
 
 
@@ -79,7 +70,7 @@ def _rate(config: config_lib.RunConfig, name: str, num_dims: int) -> jax.Array |
     tune = config.tune
     before, _, inside = name.partition("stack/")
     if not inside:
-        is_after = lora.is_matched(name, ",".join((*NEW, *_NORMS_AFTER)))
+        is_after = patterns.is_matched(name, ",".join((*NEW, *_NORMS_AFTER)))
         if is_after:
             return 1.0
         return 0.0 if tune.frozen_layers else tune.layer_decay ** _num_layers(config, before)
@@ -124,8 +115,8 @@ def check(config: config_lib.RunConfig, names: Collection[str]) -> None:
       errors.UserError: names the pattern and parameters that are there.
     """
     for setting in ("learn", "freeze", "fresh"):
-        for pattern in lora.split(getattr(config.tune, setting)):
-            if not any(lora.is_matched(name, pattern) for name in names):
+        for pattern in patterns.split(getattr(config.tune, setting)):
+            if not any(patterns.is_matched(name, pattern) for name in names):
                 hint = errors.nearest(pattern, names) or f"; there are {_some(names)}"
                 raise errors.UserError(
                     f"config.tune.{setting}: {pattern!r} fits no parameter{hint}"
@@ -141,8 +132,8 @@ def check(config: config_lib.RunConfig, names: Collection[str]) -> None:
 
 def _check_targets(config: config_lib.RunConfig, names: Collection[str]) -> None:
     updated = {_target_of(name) for name in names if f"/{lora.LORA}/" in name and "_down_" in name}
-    for pattern in lora.split(config.model.lora.targets):
-        if not any(lora.is_matched(target, pattern) for target in updated):
+    for pattern in patterns.split(config.model.lora.targets):
+        if not any(patterns.is_matched(target, pattern) for target in updated):
             known = sorted({_target_of(name) for name in names if _is_matrix(name)})
             hint = errors.nearest(pattern, known) or f"; there are {_some(known)}"
             raise errors.UserError(f"config.model.lora.targets: {pattern!r} fits no matrix{hint}")
@@ -170,8 +161,7 @@ def _some(names: Collection[str], most: int = 12) -> str:
 
 def describe(config: config_lib.RunConfig, model: Any) -> str | None:
     """Returns a line that says how much learns, or None where all does."""
-    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-    sizes = {path_of(path): math.prod(leaf.shape) for path, leaf in leaves}
+    sizes = {name: math.prod(leaf.shape) for name, leaf in trees.by_name(model).items()}
     learned = sum(size for name, size in sizes.items() if is_learned(config, name))
     total = sum(sizes.values())
     if learned == total and not config.tune.frozen_layers:

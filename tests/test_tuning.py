@@ -13,6 +13,7 @@ from llm_jax import errors
 from llm_jax import start
 from llm_jax import train
 from llm_jax import train_step
+from llm_jax import trees
 from llm_jax import tuning
 from llm_jax.models import build
 from tests import helpers
@@ -28,7 +29,7 @@ def _updated(config, seed=0):
         batch = helpers.place(helpers.random_batch(config), mesh, rules)
         after, _ = jax.jit(lambda state: train_step.train_step(config, state, batch))(state)
     return tuple(
-        dict(zip(tuning.names(s.model), map(np.asarray, jax.tree.leaves(s.model))))
+        {name: np.asarray(leaf) for name, leaf in trees.by_name(s.model).items()}
         for s in (state, after)
     )
 
@@ -116,7 +117,7 @@ def test_rates_follow_the_depth_within_a_stack(model, wanted):
     with jax.set_mesh(mesh):
         abstract = build.abstract_model(config.model, rules)
     found = tuning.rates(config, abstract)
-    found = dict(zip(tuning.names(abstract), map(np.ravel, jax.tree.leaves(found)), strict=True))
+    found = dict(zip(trees.by_name(abstract), map(np.ravel, jax.tree.leaves(found)), strict=True))
     for name, factors in wanted.items():
         np.testing.assert_array_equal(found[name], np.ravel(factors), name)
 
@@ -153,7 +154,7 @@ def test_patterns_that_fit_nothing_are_named(tune, said):
     config = helpers.tiny_run_config(tune=tune)
     mesh, rules = helpers.make_mesh()
     with jax.set_mesh(mesh):
-        names = tuning.names(build.abstract_model(config.model, rules))
+        names = trees.by_name(build.abstract_model(config.model, rules))
     with pytest.raises(errors.UserError, match=said.replace("*", r"\*")):
         tuning.check(config, names)
 

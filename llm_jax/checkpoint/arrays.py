@@ -40,9 +40,7 @@ def read_arrays(
     with meta_lib.damage_agreed(), meta_lib.telling_damage():
         arrays = meta_lib.checkpointer().restore(step_dir, args=ocp.args.Composite(**args))
         arrays = {name: arrays[name] for name in targets}
-    for path, value in trees.fingerprints(arrays).items():
-        if meta.fingerprints.get(path) != value:
-            raise meta_lib.DamagedError(f"array {path} is not what was saved (fingerprint differs)")
+    _check_fingerprints(meta, arrays)
     return arrays
 
 
@@ -84,26 +82,15 @@ def read_params(
     Raises:
       DamagedError: they cannot be read, or are not those that were saved.
     """
-    item: dict[str, Any] = {}
-    for name, target in targets.items():
-        *parents, last = name.split("/")
-        place = item
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = target
+    item = trees.nested(targets)
     args = ocp.args.PyTreeRestore(
         item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     composite = ocp.args.Composite(**{contents.PARAMS: args})
     with meta_lib.damage_agreed(), meta_lib.telling_damage():
         found = meta_lib.checkpointer().restore(step_dir, args=composite)[contents.PARAMS]
-    arrays = {
-        "/".join(trees.path_keys(p)): x for p, x in jax.tree_util.tree_leaves_with_path(found)
-    }
-    for path, value in trees.fingerprints({contents.PARAMS: found}).items():
-        if meta.fingerprints.get(path) != value:
-            raise meta_lib.DamagedError(f"array {path} is not what was saved (fingerprint differs)")
-    return arrays
+    _check_fingerprints(meta, {contents.PARAMS: found})
+    return trees.by_name(found)
 
 
 def params_reader(
@@ -132,9 +119,20 @@ def params_reader(
 
 
 def _check_fingerprint(meta: meta_lib.Meta, path: str, value: jax.Array) -> None:
+    # Under one name, so that arrays of a shape share a program.
     (fingerprint,) = trees.fingerprints({"array": value}).values()
-    if meta.fingerprints.get(path) != fingerprint:
-        raise meta_lib.DamagedError(f"array {path} is not what was saved (fingerprint differs)")
+    _check_same(meta, {path: fingerprint})
+
+
+def _check_fingerprints(meta: meta_lib.Meta, arrays: Mapping[str, Any]) -> None:
+    _check_same(meta, trees.fingerprints(arrays))
+
+
+def _check_same(meta: meta_lib.Meta, fingerprints: Mapping[str, int]) -> None:
+    """Raises DamagedError for an array, by its part and name, that is not the one that was saved."""
+    for path, value in fingerprints.items():
+        if meta.fingerprints.get(path) != value:
+            raise meta_lib.DamagedError(f"array {path} is not what was saved (fingerprint differs)")
 
 
 def damaged(step_dir: epath.Path, meta: meta_lib.Meta, arrays: contents.Arrays) -> list[str]:

@@ -41,13 +41,13 @@ def split(state: "train_step.TrainState") -> tuple[dict[str, Any], dict[str, Any
 def of_tree(nested: Mapping[str, Any]) -> Arrays:
     """Returns the arrays of nested dicts by name, concrete or abstract."""
     return {
-        "/".join(trees.path_keys(path)): meta_lib.ArrayInfo(
+        name: meta_lib.ArrayInfo(
             tuple(leaf.shape),
             leaf.dtype.name,
             # A spec leaves trailing dimensions out where they are not sharded.
             meta_lib.as_spec(getattr(leaf.sharding, "spec", None)),
         )
-        for path, leaf in jax.tree_util.tree_flatten_with_path(nested)[0]
+        for name, leaf in trees.by_name(nested).items()
     }
 
 
@@ -125,7 +125,7 @@ def of_files(
             for path, leaf in jax.tree_util.tree_flatten_with_path({part: tree})[0]:
                 saved = leaf.sharding
                 is_named = isinstance(saved, ocp.metadata.NamedShardingMetadata)
-                arrays["/".join(trees.path_keys(path))] = meta_lib.ArrayInfo(
+                arrays[trees.name_of(path)] = meta_lib.ArrayInfo(
                     tuple(leaf.shape),
                     jnp.dtype(leaf.dtype).name,
                     meta_lib.as_spec(saved.partition_spec) if is_named else None,

@@ -96,7 +96,7 @@ def export_adapter(
         found = exporting.family_of(meta, lora.without(model), plain, family)
         plan = engine.Plan(found, lora.without(model), plain)
         read_param = checkpoint.params_reader(step_dir, meta, abstract)
-        adapter = Adapter(meta, plan, tuning.names(abstract))
+        adapter = Adapter(meta, plan, list(trees.by_name(abstract)))
         exporting.write_whole(folder, lambda temporary: adapter.write(temporary, read_param))
         return f"{step_dir}, its updates for {found.model_type}, is {folder}"
 

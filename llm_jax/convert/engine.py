@@ -99,8 +99,7 @@ class Plan:
           errors.UserError: the family has no place for some parameters.
         """
         self.family, self.config = family, config
-        flat = jax.tree_util.tree_flatten_with_path(model)[0]
-        self.params = {"/".join(trees.path_keys(path)): leaf for path, leaf in flat}
+        self.params = trees.by_name(model)
         self.slots: dict[str, Slot] = {}
         placed: set[str] = set()
         for row in family.rows:

@@ -21,6 +21,7 @@ import numpy as np
 
 from llm_jax import config as config_lib
 from llm_jax import errors
+from llm_jax import patterns
 from llm_jax.data import preprocessing
 from llm_jax.data import sources
 from llm_jax.data import token_cache
@@ -133,7 +134,7 @@ def columns(
     fields = [*input_fields(config.data), config.data.target_field]
     records = sources.records(config.data, split, fields)
     name, inputs, target = config.objective.name, fields[:-1], fields[-1]
-    stages = preprocessing.split(config.data.preprocessing)
+    stages = patterns.split(config.data.preprocessing)
     if stages:
         records = _preprocessed(records, inputs, preprocessing.make(stages, config.data.language))
     if name in (*_WITH_TEXT, "sequence"):

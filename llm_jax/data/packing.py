@@ -1,7 +1,8 @@
 """Cuts a stream of tokens into windows, and says where documents begin and end inside them.
 
 Window i of length T has the inputs i*T ... i*T + T-1 and, one further, their targets. Each token of
-the stream is an input exactly once, but for the last one, which nothing follows. Documents end with
+the stream is an input exactly once, but for the last one, which nothing follows. With a stride of less than T
+windows overlap, and each target has a weight in the first window that holds it alone. Documents end with
 `eos_id`, which occurs nowhere else (the token cache sees to that), so boundaries are read off the
 tokens themselves. Pure numpy.
 """
@@ -26,13 +27,20 @@ class Text(NamedTuple):
     positions: np.ndarray
 
 
-def num_windows(num_tokens: int, length: int) -> int:
-    """Returns how many windows of `length` inputs a stream of `num_tokens` gives."""
-    return max(0, -(-(num_tokens - 1) // length))
+def num_windows(num_tokens: int, length: int, stride: int | None = None) -> int:
+    """Returns how many windows of `length` inputs, `stride` apart, a stream of `num_tokens` gives."""
+    stride = length if stride is None else stride
+    num_inputs = num_tokens - 1
+    return 1 + max(0, -(-(num_inputs - length) // stride)) if num_inputs > 0 else 0
 
 
 def windows(
-    cache: token_cache.TokenCache, indices: np.ndarray, *, length: int, packing: str
+    cache: token_cache.TokenCache,
+    indices: np.ndarray,
+    *,
+    length: int,
+    packing: str,
+    stride: int | None = None,
 ) -> batch_lib.Batch:
     """Reads windows into a batch.
 
@@ -42,6 +50,8 @@ def windows(
       length: T, inputs of a window.
       packing: "packed" restarts segments and positions at each document and drops the target that
         belongs to the next document; "concat" treats the stream as one text.
+      stride: tokens from one window to the next, in [1, length]; None: `length`. What windows share has
+        a weight in the first of them.
 
     Returns:
       A batch of numpy arrays, [B, T].
@@ -50,14 +60,16 @@ def windows(
       errors.UserError: an unknown packing.
       IndexError: a window that the stream does not have.
     """
-    _check(packing, indices, num_windows(cache.num_tokens, length))
-    stream, num_tokens = _read(cache, indices, length, length + 1)
+    stride = length if stride is None else stride
+    _check(packing, indices, num_windows(cache.num_tokens, length, stride))
+    stream, num_tokens = _read(cache, indices, stride, length + 1)
     # The last token of the stream is a target only; as an input of the padding it must not show.
     is_input = np.arange(length) < num_tokens - 1
     tokens = np.where(is_input, stream[:, :-1], np.int32(cache.pad_id))
     segments, positions = _places(tokens, is_input, cache.eos_id, packing)
     is_predicted = is_input if packing == CONCAT else is_input & (tokens != cache.eos_id)
-    weights = is_predicted.astype(np.float32)
+    is_new = (np.arange(length) >= length - stride) | (indices[:, None] == 0)
+    weights = (is_predicted & is_new).astype(np.float32)
     return batch_lib.Batch(tokens, stream[:, 1:].copy(), weights, segments, positions)
 
 

@@ -70,11 +70,6 @@ STAGES: dict[str, Callable[[str], Stage]] = {
 }
 
 
-def split(names: str) -> list[str]:
-    """Returns the stages that commas part, as `data.preprocessing` has them."""
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
 def make(names: Sequence[str], language: str = "english") -> Stage:
     """Returns the function that runs stages one after the other; of none it is the identity.
 

@@ -31,7 +31,7 @@ class Scores:
     """
 
     estimates: dict[str, Estimate]
-    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

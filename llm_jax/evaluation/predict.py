@@ -10,17 +10,19 @@ import functools
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import config as config_lib
+from llm_jax import distributed
 from llm_jax import train_step
 from llm_jax.data import batch as batch_lib
 from llm_jax.data import example_cache
 from llm_jax.data import objectives
+from llm_jax.data import packing
 from llm_jax.data import pipeline
 from llm_jax.data import placement
+from llm_jax.data import token_cache
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.models import build
 
@@ -35,7 +37,7 @@ def batches(
     rules: Any,
 ) -> Iterator[batch_lib.Batch]:
     """Yields the batches of a split, an example a row, in order; the last one is filled up with padding."""
-    data = dataclasses.replace(config.data, packing="none", prefetch=2)
+    data = dataclasses.replace(config.data, packing="none")
     config = dataclasses.replace(config, data=data)
     stage = objectives.make(config, cache, tokenizer)
     place = jax.sharding.NamedSharding(mesh, rules.act("BT"))
@@ -136,13 +138,7 @@ def _collected(
         x_BTD, _ = train_step.states(config, model, batch)
         return said(batch, model.label_logits(x_BTD, batch.segments))
 
-    return [tuple(map(_everywhere, run(model, batch))) for batch in found]
-
-
-def _everywhere(array: jax.Array) -> np.ndarray:
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return [tuple(map(distributed.fetch, run(model, batch))) for batch in found]
 
 
 def window_losses(
@@ -150,55 +146,37 @@ def window_losses(
     model: build.Model,
     mesh: jax.sharding.Mesh,
     rules: Any,
-    ids_N: np.ndarray,
-    eos_id: int,
+    cache: token_cache.TokenCache,
     stride: int,
-) -> np.ndarray:
-    """Returns the loss of each token but the first, in nats, float32 [N - 1]: each is scored once.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the loss of each token that is predicted, in nats, float32 [N], and its place in the stream.
 
     Windows of `data.sequence_length` begin `stride` tokens apart, and each scores what those before it have not:
-    a token sees at least length - stride tokens before it, where its document has so many. As in training,
-    documents of `data.packing` "packed" do not see each other, and what follows the end of one is NaN: nobody
-    predicts it.
+    a token sees at least length - stride tokens before it, where its document has so many.
     """
-    is_packed = config.data.packing == "packed"
     length, size = config.data.sequence_length, config.data.batch_size
-    # Window k predicts tokens up to k * stride + length, of which the last `stride` are new.
-    ends = np.arange(length, len(ids_N) - 1 + stride, stride)
-    losses_N = np.zeros(len(ids_N) - 1, np.float32)
     place = jax.sharding.NamedSharding(mesh, rules.act("BT"))
+    rows = placement.host_rows(place, (size, length))
     run = jax.jit(functools.partial(_token_losses, config))
-    for start in range(0, len(ends), size):
-        tokens, targets, segments, places = (np.zeros((size, length), np.int32) for _ in range(4))
-        new = []
-        for row, end in enumerate(ends[start : start + size]):
-            begin, end = int(end) - length, min(int(end), len(ids_N) - 1)
-            count = end - begin
-            tokens[row, :count], targets[row, :count] = ids_N[begin:end], ids_N[begin + 1 : end + 1]
-            ends_before = np.cumsum(np.append(0, ids_N[begin : end - 1] == eos_id) * is_packed)
-            starts = np.searchsorted(ends_before, ends_before)
-            segments[row, :count] = 1 + ends_before
-            places[row, :count] = np.arange(count) - starts
-            number = start + row
-            first = 0 if number == 0 else int(ends[number - 1])
-            new.append((row, first - begin, count, first, end))
-        weights = np.ones_like(tokens, np.float32)
-        batch = batch_lib.Batch(tokens, targets, weights, segments, places)
-        rows = placement.host_rows(place, tokens.shape)
-        local = batch._replace(
-            **{name: field[rows] for name, field in batch._asdict().items() if field is not None}
-        )
-        found = _everywhere(run(model, placement.to_mesh(local, place, size, rows)))
-        for row, skip, count, first, end in new:
-            losses_N[first:end] = found[row, skip:count]
-    return np.where((ids_N[:-1] == eos_id) & is_packed, np.float32(np.nan), losses_N)
+    count = packing.num_windows(cache.num_tokens, length, stride)
+    losses, places = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+    for start in range(0, count, size):
+        indices = np.arange(start, start + size)
+        indices = np.where(indices < count, indices, -1)
+        how = {"length": length, "packing": config.data.packing, "stride": stride}
+        local = packing.windows(cache, indices[rows], **how)
+        found_BT, weights_BT = run(model, placement.to_mesh(local, place, size, rows))
+        is_scored_BT = distributed.fetch(weights_BT) > 0
+        losses.append(distributed.fetch(found_BT)[is_scored_BT])
+        places.append((indices[:, None] * stride + np.arange(length) + 1)[is_scored_BT])
+    return np.concatenate(losses), np.concatenate(places)
 
 
 def _token_losses(
     config: config_lib.RunConfig, model: build.Model, batch: batch_lib.Batch
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     tokens, _ = train_step.token_losses(config, model, batch)
-    return tokens.cross_entropy_BT
+    return tokens.cross_entropy_BT, batch.weights
 
 
 def kept_contexts(

@@ -105,7 +105,7 @@ def run(name: str, given: Checkpoint, options: Options) -> dict[str, Any]:
         "examples": len(result.rows),
         "scores": {key: dataclasses.asdict(one) for key, one in result.scores.estimates.items()},
         "interval": f"{bootstrap.LEVEL:.0%}, {bootstrap.COUNT} resamples of examples",
-        "settings": result.scores.settings | dataclasses.asdict(options),
+        "settings": result.scores.settings,
         "seconds": round(time.monotonic() - started, 1),
     } | result.scores.details
     if distributed.is_main():
@@ -281,7 +281,9 @@ def _generation(given: Checkpoint, options: Options) -> Result:
         _inputs(given, record) | {"target": record[data.target_field], "prediction": text}
         for record, text in zip(records, said, strict=True)
     ]
-    return Result(metrics.texts(said, [row["target"] for row in rows]), rows)
+    scores = metrics.texts(said, [row["target"] for row in rows])
+    how = {"num_beams": options.num_beams, "max_tokens": options.max_tokens}
+    return Result(dataclasses.replace(scores, settings=scores.settings | how), rows)
 
 
 def _max_tokens(config: config_lib.RunConfig, options: Options) -> int:
@@ -319,14 +321,11 @@ def _perplexity(given: Checkpoint, options: Options) -> Result:
     stride = length // 2 if options.stride is None else options.stride
     if not 1 <= stride <= length:
         raise errors.UserError(f"--stride={stride}: use 1 to data.sequence_length = {length}")
-    ids_N = np.asarray(cache.tokens, np.int32)
-    losses_N = predict.window_losses(
-        given.config, given.model, given.mesh, given.rules, ids_N, cache.eos_id, stride
+    losses_N, places_N = predict.window_losses(
+        given.config, given.model, given.mesh, given.rules, cache, stride
     )
-    is_scored_N = ~np.isnan(losses_N)
-    # Loss i is that of token i + 1. Documents are what is resampled, as their tokens are not independent.
-    owners_N = np.searchsorted(cache.offsets, np.arange(1, len(ids_N)), side="right") - 1
-    owners_N, losses_N = owners_N[is_scored_N], losses_N[is_scored_N]
+    # Documents are what is resampled, as their tokens are not independent.
+    owners_N = np.searchsorted(cache.offsets, places_N, side="right") - 1
     counts_D, sums_D = np.bincount(owners_N), np.bincount(owners_N, losses_N)
     loss = bootstrap.of_mean(sums_D / np.maximum(counts_D, 1), counts_D)
     per_byte = cache.num_tokens / max(cache.num_bytes, 1) / math.log(2)
@@ -339,7 +338,7 @@ def _perplexity(given: Checkpoint, options: Options) -> Result:
         "perplexity": changed(lambda x: math.exp(min(x, 700.0))),
         "bits_per_byte": changed(lambda x: x * per_byte),
     }
-    settings = {"window": str(length), "stride_used": str(stride)}
+    settings = {"window": length, "stride": stride}
     rows = [
         {"document": number, "tokens": int(count), "loss": float(total / max(count, 1))}
         for number, (count, total) in enumerate(zip(counts_D, sums_D, strict=True))

@@ -7,7 +7,6 @@ of its matrix; for anything else `merged` adds them up once.
 
 from collections.abc import Callable
 import dataclasses
-import fnmatch
 from typing import Any
 
 from flax import nnx
@@ -17,11 +16,14 @@ from jax.sharding import PartitionSpec
 
 from llm_jax import config as config_lib
 from llm_jax import dims
+from llm_jax import patterns
 from llm_jax import sharding
 from llm_jax import trees
 
 # Keys of the updates follow from the layer's, which other parameters are drawn by as well.
 _SALT = 0x10A4
+
+LORA = "lora"  # a module's attribute that holds its updates
 
 
 @jax.tree_util.register_dataclass
@@ -144,17 +146,7 @@ def make(
 def _is_target(kind: str, name: str, targets: str) -> bool:
     short, _, letters = name.rpartition("_")
     is_matrix = letters in dims.MATRICES and "E" not in letters and not short.endswith("bias")
-    return is_matrix and is_matched(f"{kind}/{short}", targets)
-
-
-def is_matched(name: str, patterns: str) -> bool:
-    """Returns whether a name fits one of some patterns, which commas part."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in split(patterns))
-
-
-def split(patterns: str) -> list[str]:
-    """Returns patterns that commas part."""
-    return [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+    return is_matrix and patterns.is_matched(f"{kind}/{short}", targets)
 
 
 def matrix(module: nnx.Module, name: str) -> nnx.Param | Updated:
@@ -201,9 +193,6 @@ def merged(config: config_lib.ModelConfig, params: dict[str, Any]) -> dict[str, 
         return found
 
     return walk(params)
-
-
-LORA = "lora"  # a module's attribute that holds its updates
 
 
 def without(config: config_lib.ModelConfig) -> config_lib.ModelConfig:

@@ -91,10 +91,10 @@ def shardings(config: config_lib.RunConfig, slice_name: str) -> dict[str, str]:
     with jax.sharding.use_abstract_mesh(mesh):
         model = steps.abstract_state(config).model
     found = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+    for name, leaf in trees.by_name(model).items():
         spec = () if leaf.sharding is None else leaf.sharding.spec
         axes = [axis if axis is None or isinstance(axis, str) else "+".join(axis) for axis in spec]
-        found["/".join(trees.path_keys(path))] = ",".join(axis or "-" for axis in axes)
+        found[name] = ",".join(axis or "-" for axis in axes)
     return found
 
 

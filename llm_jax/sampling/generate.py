@@ -8,10 +8,10 @@ import functools
 import zlib
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import distributed
 from llm_jax import errors
 from llm_jax import sharding
 from llm_jax.data import tokenizer as tokenizer_lib
@@ -331,12 +331,12 @@ def _run(
     state = decode.prefill(
         model, tokens_BT, starts_B, keys_B, encoded, params=params, num_slots=num_slots, **ids
     )
-    for row, token in zip(rows, _fetch(state.last_B)):
+    for row, token in zip(rows, distributed.fetch(state.last_B)):
         row.feed(int(token))
     remaining = max_tokens - 1
     while remaining > 0 and any(row.finish_reason is None for row in rows):
         state, tokens_NB = decode.decode(model, state, params=params, num_tokens=chunk, **ids)
-        for tokens_B in _fetch(tokens_NB)[:remaining]:
+        for tokens_B in distributed.fetch(tokens_NB)[:remaining]:
             for row, token in zip(rows, tokens_B):
                 row.feed(int(token))
         remaining -= chunk
@@ -367,7 +367,7 @@ def _search(
         **_ids(loaded.tokenizer),
     )
     tokens_BQN, lengths_BQ, scores_BQ = map(
-        _fetch, (found.tokens_BQN, found.lengths_BQ, found.scores_BQ)
+        distributed.fetch, (found.tokens_BQN, found.lengths_BQ, found.scores_BQ)
     )
     for index, row in enumerate(rows):
         of_row = divmod(index, num_samples)
@@ -375,13 +375,6 @@ def _search(
         for token in tokens_BQN[of_row][: lengths_BQ[of_row]]:
             row.feed(int(token))
         row.finish("length")
-
-
-def _fetch(tokens: jax.Array) -> np.ndarray:
-    """Returns tokens of the whole batch, also where other processes hold some of its rows."""
-    if tokens.is_fully_addressable:
-        return jax.device_get(tokens)
-    return multihost_utils.process_allgather(tokens, tiled=True)
 
 
 def _inputs(

@@ -52,6 +52,15 @@ def _workdir(folder, model, targets, tune=None):
     return workdir
 
 
+def _export(folder, workdir, family):
+    """Writes `adapter`, and as models of theirs what it updates, `base_hf`, and the sum of both, `hf`."""
+    adapters.export_adapter(workdir, folder / "adapter", None, family)
+    adapters.merge(workdir, str(folder / "merged"), None)
+    options = exporting.Options(family)
+    exporting.export_model(str(folder / "merged"), folder / "hf", None, options)
+    exporting.export_model(_base(folder, workdir), folder / "base_hf", None, options)
+
+
 def _tensors(folder):
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
@@ -60,11 +69,7 @@ def _tensors(folder):
 def test_matrices_and_updates_are_the_merged_matrices(tmp_path, name):
     settings, family, targets = MODELS[name]
     workdir = _workdir(tmp_path, settings, targets)
-    adapters.export_adapter(workdir, tmp_path / "adapter", None, family)
-    adapters.merge(workdir, str(tmp_path / "merged"), None)
-    options = exporting.Options(family)
-    exporting.export_model(str(tmp_path / "merged"), tmp_path / "hf", None, options)
-    exporting.export_model(_base(tmp_path, workdir), tmp_path / "base_hf", None, options)
+    _export(tmp_path, workdir, family)
     merged, base = _tensors(tmp_path / "hf"), _tensors(tmp_path / "base_hf")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     updates = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -133,11 +138,7 @@ def test_peft_loads_it_and_computes_the_same(tmp_path, name):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     settings, family, targets = MODELS[name]
     workdir = _workdir(tmp_path, settings, targets)
-    adapters.export_adapter(workdir, tmp_path / "adapter", None, family)
-    adapters.merge(workdir, str(tmp_path / "merged"), None)
-    options = exporting.Options(family)
-    exporting.export_model(str(tmp_path / "merged"), tmp_path / "hf", None, options)
-    exporting.export_model(_base(tmp_path, workdir), tmp_path / "base_hf", None, options)
+    _export(tmp_path, workdir, family)
     kind = {
         "bert": transformers.AutoModelForSequenceClassification,
         "t5": transformers.AutoModelForSeq2SeqLM,

@@ -78,6 +78,9 @@ def test_a_beginning_of_texts_is_kept_and_put_before_prompts(byte_level, tmp_pat
     assert again.bos_id == bos and bos not in again.encode("x")
     row = generate._Row(generate.Prompt("x"), 0, again, (), None)
     assert row.ids.tolist() == [bos, *again.encode("x")]
+    # A source is read as an example is in training: it ends, too.
+    row = generate._Row(generate.Prompt("x"), 0, again, (), None, is_source=True)
+    assert row.ids.tolist() == [bos, *again.encode("x"), again.eos_id]
 
 
 def test_broken_files_are_told(tmp_path, byte_level):

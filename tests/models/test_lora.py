@@ -9,6 +9,7 @@ import pytest
 from llm_jax import config as config_lib
 from llm_jax import errors
 from llm_jax import train_step
+from llm_jax import trees
 from llm_jax import tuning
 from llm_jax.models import build
 from llm_jax.models import lora
@@ -32,8 +33,7 @@ def _run(model, targets="*", **sections):
 
 
 def _updates(model):
-    named = jax.tree_util.tree_leaves_with_path(model)
-    return {tuning.path_of(path): leaf for path, leaf in named if "/lora/" in tuning.path_of(path)}
+    return {name: leaf for name, leaf in trees.by_name(model).items() if "/lora/" in name}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,7 +59,7 @@ def test_updates_beside_matrices_are_updates_added_to_them(name):
 
 
 def _without_update(path, leaf):
-    return 0 * leaf if "_up_" in tuning.path_of(path) else leaf
+    return 0 * leaf if "_up_" in trees.name_of(path) else leaf
 
 
 def test_a_new_model_is_the_one_without_updates():
@@ -90,9 +90,7 @@ def test_updates_alone_learn_and_have_moments():
         "mlp/out_down_FI",
         "mlp/out_up_ID",
     }
-    before, now = (
-        dict(zip(tuning.names(s.model), jax.tree.leaves(s.model))) for s in (state, after)
-    )
+    before, now = (trees.by_name(s.model) for s in (state, after))
     for name, leaf in before.items():
         assert np.array_equal(leaf, now[name]) == (name not in names), name
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -109,12 +107,18 @@ def test_a_wide_matrix_has_no_gradient_in_the_program():
     with jax.set_mesh(mesh):
         model = build.abstract_model(config.model, rules)
         batch = jax.eval_shape(lambda: helpers.random_batch(config))
-        program = jax.make_jaxpr(
-            lambda m, b: train_step.gradients(config, m, b, jax.random.key(0))[0]
-        )
-        text = str(program(model, batch))
-    made = [line for line in text.splitlines() if "dot_general" in line]
-    assert made and not any("f32[32,128]" in line.partition("=")[0] for line in made)
+        made = {}
+        for learn in ("", "*"):
+            tuned = dataclasses.replace(config, tune=config_lib.TuneConfig(learn=learn))
+            program = jax.make_jaxpr(
+                lambda m, b, c=tuned: train_step.gradients(c, m, b, jax.random.key(0))[0]
+            )
+            lines = str(program(model, batch)).splitlines()
+            products = [line.partition("=")[0] for line in lines if "dot_general" in line]
+            # A product gives the gradient, which is then turned, or not.
+            shapes = ("f32[32,128]", "f32[128,32]")
+            made[learn] = [p for p in products if any(shape in p for shape in shapes)]
+    assert not made[""] and made["*"]
 
 
 def test_absorbed_weights_refuse_what_is_not_merged():
@@ -134,7 +138,7 @@ def test_targets_that_are_not_there_are_named(targets, said):
     config = _run({}, targets)
     mesh, rules = helpers.make_mesh()
     with jax.set_mesh(mesh):
-        names = tuning.names(build.abstract_model(config.model, rules))
+        names = trees.by_name(build.abstract_model(config.model, rules))
     with pytest.raises(errors.UserError, match=said):
         tuning.check(config, names)
 
