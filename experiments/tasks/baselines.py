@@ -147,7 +147,7 @@ def descriptions(name: str, change: preprocessing.Stage) -> Baseline:
     queries_ND = vectoriser.transform([row["query"] for row in test]).toarray()
     ranks_N = ranking.ranks(queries_ND, documents_MD, np.arange(len(test)))
     scores = {key: bootstrap.of_mean(values) for key, values in ranking.scores(ranks_N).items()}
-    best = np.argmax(queries_ND @ documents_MD.T, axis=1)
+    best = ranking.firsts(queries_ND, documents_MD)
     queries = [row["query"] for row in test]
     documents = [row["document"] for row in test]
     return Baseline(scores, _some(queries, documents, [documents[i] for i in best]))

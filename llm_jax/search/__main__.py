@@ -4,16 +4,19 @@
     python -m llm_jax.search query --index=DIR --query='something to edit pictures with'
     python -m llm_jax.search evaluate --workdir=RUN --pairs='test.jsonl:query,document'
 
-`--pooling=mean` is for models whose checkpoint does not know how its states are pooled, as MiniLM's. Queries come
+The last one writes scores and what each query found first to WORKDIR/evaluation/STEP/search-NAME.json and .jsonl, where
+NAME is the file's. `--pooling=mean` is for models whose checkpoint does not know how its states are pooled, as MiniLM's. Queries come
 from the terminal, a line each, where none is given.
 """
 
 import dataclasses
 import json
+import re
 import sys
 import time
 
 from absl import flags
+from etils import epath
 import numpy as np
 
 from llm_jax import checkpoint
@@ -102,13 +105,37 @@ def _evaluate() -> None:
     # What several queries share is one document.
     numbers = {text: number for number, text in enumerate(dict.fromkeys(documents))}
     right_N = np.asarray([numbers[text] for text in documents])
-    ranks_N = ranking.ranks(embed(queries), embed(list(numbers)), right_N)
-    found = {"queries": len(queries), "documents": len(numbers)}
+    queries_ND, documents_MD = embed(queries), embed(list(numbers))
+    ranks_N = ranking.ranks(queries_ND, documents_MD, right_N)
+    found = {"task": "search", "queries": len(queries), "documents": len(numbers), "scores": {}}
     for name, values_N in ranking.scores(ranks_N).items():
         estimate = bootstrap.of_mean(values_N)
-        found[name] = dataclasses.asdict(estimate)
+        found["scores"][name] = dataclasses.asdict(estimate)
         print(f"{name:10} {estimate}", file=sys.stderr)
-    print(json.dumps(found | {"seconds": round(time.monotonic() - started, 1)}))
+    found["seconds"] = round(time.monotonic() - started, 1)
+    firsts_N = ranking.firsts(queries_ND, documents_MD)
+    texts = list(numbers)
+    _write(
+        embed.step,
+        found,
+        [
+            {"query": query, "target": right, "prediction": texts[first], "rank": rank}
+            for query, right, first, rank in zip(
+                queries, documents, firsts_N, ranks_N.tolist(), strict=True
+            )
+        ],
+    )
+    print(json.dumps(found))
+
+
+def _write(step: int, found: dict, rows: list[dict]) -> None:
+    folder = epath.Path(command.required("workdir")) / "evaluation" / str(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    pattern, _, _ = flags.FLAGS.pairs.rpartition(":")
+    name = "search-" + re.sub(r"\W+", "_", pattern.rpartition("/")[2].partition(".")[0])
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text("".join(lines))
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Embedder:
       mesh: whose devices share the rows of a batch.
       max_length: of a text, in tokens; what is longer loses its end.
       name: of the checkpoint, for indexes: which vectors belong together.
+      step: of the checkpoint.
     """
 
     model: build.Model
@@ -46,6 +47,7 @@ class Embedder:
     mesh: jax.sharding.Mesh
     max_length: int
     name: str
+    step: int
 
     @property
     def num_dims(self) -> int:
@@ -153,6 +155,7 @@ def load(
             model.config = dataclasses.replace(model.config, pooling=pooling)
         tokenizer = tokenizer_lib.from_dict(meta.tokenizer)
         name = f"{workdir}@{meta.step} {model.config.pooling}"
-        return Embedder(model, tokenizer, mesh, max_length or config.max_length, name)
+        longest = max_length or config.max_length
+        return Embedder(model, tokenizer, mesh, longest, name, meta.step)
 
     return checkpoint.read_latest(workdir, step, read)

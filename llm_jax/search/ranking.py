@@ -29,6 +29,13 @@ def ranks(queries_ND: np.ndarray, documents_MD: np.ndarray, right_N: np.ndarray)
     return np.concatenate(found) if found else np.zeros(0)
 
 
+def firsts(queries_ND: np.ndarray, documents_MD: np.ndarray) -> np.ndarray:
+    """Returns which document scores highest for each query, int [N]; of equals the one that comes first."""
+    blocks = range(0, len(queries_ND), _BLOCK)
+    found = [np.argmax(queries_ND[i : i + _BLOCK] @ documents_MD.T, axis=1) for i in blocks]
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
 def scores(ranks_N: np.ndarray, cutoffs: Sequence[int] = (1, 5, 10)) -> dict[str, np.ndarray]:
     """Returns what each query contributes to each score, float64 [N]: their means are the scores.
 

@@ -1,6 +1,7 @@
 """Vectors depend on their text alone, an index finds what is nearest, and ranks are counted as they are defined."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -151,5 +152,11 @@ def test_the_commands(workdir, tmp_path):
     assert len(lines) == 2 and json.loads(lines[0].partition("  ")[2]) == rows[3]
     found = json.loads(scored[1].splitlines()[-1])
     assert found["queries"] == len(TEXTS)
-    assert found["recall@1"]["low"] <= found["recall@1"]["value"] <= found["recall@1"]["high"]
+    recall = found["scores"]["recall@1"]
+    assert recall["low"] <= recall["value"] <= recall["high"]
+    (kept,) = pathlib.Path(workdir).glob("evaluation/*/search-rows.jsonl")
+    hits = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [hit["query"] for hit in hits] == [row["q"] for row in rows]
+    first = sum(hit["prediction"] == hit["target"] for hit in hits) / len(hits)
+    assert first == pytest.approx(recall["value"], abs=1 / len(hits))
     assert wrong[0] == 2 and "name two fields" in wrong[2]

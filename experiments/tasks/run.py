@@ -1,0 +1,190 @@
+"""Trains and scores tasks, one command after the other: `python -m experiments.tasks.run --tasks=NAME,...|all`.
+
+    --runs=runs        folder of workdirs
+    --again            runs commands of it that were done before, too
+
+Each stage is a process of its own, whose seconds are added up over interruptions in WORKDIR/stages.json: what was
+done is not done again, what was interrupted goes on. The row that comes of it, with scores, seconds and three
+outputs, is kept in `experiments/tasks/results/NAME.json`; `python -m experiments.tasks.report` writes the README's
+table of all rows.
+"""
+
+import collections
+from collections.abc import Sequence
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+import jax
+
+from experiments.tasks import suite
+from experiments.tasks.data import __main__ as data_command
+from llm_jax import command
+from llm_jax import errors
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = pathlib.Path(__file__).parent / "results"
+_LONGEST = 240  # characters of a text that is shown
+
+
+def stages_of(name: str, task: suite.Task) -> dict[str, str]:
+    """Returns all commands of a task by their stage: data, models, then its own."""
+    del name
+    found = {f"data {data}": f"experiments.tasks.data {data}" for data in task.data}
+    for model in task.models:
+        found[f"model {model}"] = f"experiments.tasks.models {model} runs/{model}"
+    return found | dict(task.commands)
+
+
+class Runner:
+    """Runs the stages of a task; keeps what was done and how long it took in its workdir.
+
+    Args:
+      name, task: of `suite.TASKS`.
+      runs: folder that commands call `runs/`.
+      is_again: whether its own commands run though they were done.
+    """
+
+    def __init__(self, name: str, task: suite.Task, runs: pathlib.Path, is_again: bool = False):
+        self._name, self._task, self._runs = name, task, runs
+        self._file = runs / name / "stages.json"
+        self._is_again = is_again
+
+    def run(self) -> dict[str, Any]:
+        """Runs what is missing; returns the row.
+
+        Raises:
+          errors.UserError: a stage failed; what it said stands above.
+        """
+        said = ""
+        for stage, line in stages_of(self._name, self._task).items():
+            said = self._stage(stage, line)
+        return self._row(said)
+
+    def _stage(self, stage: str, line: str) -> str:
+        """Runs a command if need be; returns the last line that it printed."""
+        done = self._stages()
+        if self._is_done(stage, line, done):
+            return done.get(stage, {}).get("said", "")
+        print(f"{self._name}: {stage}: python -m {line}", flush=True)
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", *self._argv(line)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        last = collections.deque(maxlen=1)
+        for out in process.stdout:
+            print(out, end="", flush=True)
+            last.append(out.strip())
+        code = process.wait()
+        own = done.setdefault(stage, {"seconds": 0.0})
+        own["seconds"] = round(own["seconds"] + time.monotonic() - started, 1)
+        own |= {"command": line, "is_done": code == 0, "said": last[0] if last else ""}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".tmp")
+        partial.write_text(json.dumps(done, indent=1) + "\n")
+        partial.replace(self._file)
+        if code:
+            raise errors.UserError(f"{self._name}: {stage} ended with code {code}: {line}")
+        return own["said"]
+
+    def _stages(self) -> dict[str, Any]:
+        return json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    def _is_done(self, stage: str, line: str, done: dict[str, Any]) -> bool:
+        kind, _, which = stage.partition(" ")
+        if kind == "data":
+            return (data_command.FOLDER / which.replace(":", "_") / "about.json").exists()
+        if kind == "model":
+            return (self._runs / which).exists()
+        own = done.get(stage, {})
+        return not self._is_again and own.get("is_done", False) and own["command"] == line
+
+    def _argv(self, line: str) -> list[str]:
+        """Returns a command with `runs/` as the folder of this machine."""
+        return [
+            part.replace("=runs/", f"={self._runs}/").replace(":runs/", f":{self._runs}/")
+            if not part.startswith("runs/")
+            else f"{self._runs}/{part.removeprefix('runs/')}"
+            for part in shlex.split(line)
+        ]
+
+    def _row(self, said: str) -> dict[str, Any]:
+        found = json.loads(said)
+        done = self._stages()
+        kept = {key: found[key] for key in found if key in self._task.scores}
+        return {
+            "title": self._task.title,
+            "commands": list(stages_of(self._name, self._task).values()),
+            "seconds": {stage: done[stage]["seconds"] for stage in self._task.commands},
+            "examples": found.get("examples", found.get("queries")),
+            "scores": kept | {k: v for k, v in found.get("scores", {}).items() if k not in kept},
+            "outputs": self._outputs(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def _outputs(self) -> list[dict[str, str]]:
+        """Returns what was said of three examples, a quarter, a half and three quarters into the test split."""
+        shown = self._task.outputs
+        folder = self._runs / self._name / "evaluation"
+        files = sorted(folder.glob(f"*/{shown.file}"), key=lambda path: path.stat().st_mtime)
+        if not files:
+            raise errors.UserError(f"{self._name}: nothing wrote {folder}/STEP/{shown.file}")
+        # Not by `splitlines`, which ends lines at marks that JSON leaves as they are.
+        rows = [json.loads(line) for line in files[-1].read_text().split("\n") if line]
+        picked = [len(rows) * quarter // 4 for quarter in (1, 2, 3)]
+        return [
+            {
+                "given": f"number {i + 1}" if shown.given is None else _cut(rows[i][shown.given]),
+                "wanted": _cut(rows[i][shown.wanted]),
+                "said": _cut(rows[i][shown.said]),
+            }
+            for i in picked
+        ]
+
+
+def _cut(value: Any) -> str:
+    text = " / ".join(value) if isinstance(value, list) else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("tasks", None, f"Which, or `all`: {', '.join(suite.TASKS)}.")
+    flags.DEFINE_string("runs", "runs", "Folder of workdirs.")
+    flags.DEFINE_boolean("again", False, "Run commands that were done before, too.")
+
+
+def main() -> None:
+    names = _names(command.required("tasks"))
+    for name in names:
+        runs = pathlib.Path(flags.FLAGS.runs).expanduser().resolve()
+        row = Runner(name, suite.TASKS[name], runs, flags.FLAGS.again).run()
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{name}.json"
+        path.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+        print(f"wrote {path}", flush=True)
+
+
+def _names(given: Sequence[str]) -> list[str]:
+    if list(given) == ["all"]:
+        return list(suite.TASKS)
+    for name in given:
+        if name not in suite.TASKS:
+            hint = errors.nearest(name, suite.TASKS)
+            raise errors.UserError(f"--tasks: {name!r} is none of {', '.join(suite.TASKS)}{hint}")
+    return list(given)
+
+
+if __name__ == "__main__":
+    command.run(main, define_flags)

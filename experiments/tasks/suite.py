@@ -1,0 +1,182 @@
+"""The tasks: data, model, commands, and what their row of the README says.
+
+A row's last command prints scores as JSON in its last line, as `llm_jax.evaluate` and `llm_jax.search evaluate` do.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+
+_CONFIGS = "experiments/tasks/configs"
+_DATA = "~/.cache/llm_jax/tasks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where a command writes what was said, and which fields are shown of it.
+
+    Attributes:
+      file: under WORKDIR/evaluation/STEP.
+      given: the field of what the model read; None where texts may not be shown.
+      wanted, said: fields of what was right and what the model said.
+    """
+
+    file: str
+    given: str | None
+    wanted: str = "target"
+    said: str = "prediction"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One row.
+
+    Attributes:
+      title: what is learned, by what.
+      data: data sets, as `experiments.tasks.data` names them.
+      models: trained models to start from, as `experiments.tasks.models` names them.
+      commands: modules and their flags, by the names of stages, in order.
+      scores: keys of the scores that the row shows, of those the last command prints.
+      baselines: what the scores stand beside: a label, and a file of `results` and its key.
+      outputs: what is shown of what was said.
+    """
+
+    title: str
+    data: tuple[str, ...]
+    models: tuple[str, ...]
+    commands: Mapping[str, str]
+    scores: tuple[str, ...]
+    baselines: tuple[tuple[str, str, str], ...]
+    outputs: Outputs
+
+
+def _train(name: str, config: str, argument: str = "") -> str:
+    argument = f":{argument}" * bool(argument)
+    return f"llm_jax.train --config={_CONFIGS}/{config}.py{argument} --workdir=runs/{name}"
+
+
+def _evaluate(name: str, task: str, data: str, more: str = "") -> str:
+    source = f"'jsonl:{_DATA}/{data}/test.jsonl'"
+    more = f" {more}" * bool(more)
+    return f"llm_jax.evaluate --workdir=runs/{name} --tasks={task}{more} --source={source}"
+
+
+TASKS: dict[str, Task] = {
+    "newsgroups": Task(
+        "20 Newsgroups, by MiniLM",
+        ("newsgroups",),
+        ("minilm",),
+        {
+            "train": _train("newsgroups", "newsgroups", "runs/minilm"),
+            "evaluate": _evaluate("newsgroups", "classification", "newsgroups"),
+        },
+        ("accuracy", "macro_f1"),
+        (("TF-IDF and a linear SVM", "newsgroups-baseline", "accuracy"),),
+        Outputs("classification-test.jsonl", None),
+    ),
+    "spam": Task(
+        "SpamAssassin, by MiniLM",
+        ("spam",),
+        ("minilm",),
+        {
+            "train": _train("spam", "spam", "runs/minilm"),
+            "evaluate": _evaluate("spam", "classification", "spam"),
+        },
+        ("accuracy", "macro_f1"),
+        (("TF-IDF and a linear SVM", "spam-baseline", "accuracy"),),
+        Outputs("classification-test.jsonl", None),
+    ),
+    "spam_decoder": Task(
+        "SpamAssassin, by SmolLM2 with a head and low-rank updates",
+        ("spam",),
+        ("smollm2",),
+        {
+            "train": _train("spam_decoder", "spam", "runs/smollm2"),
+            "evaluate": _evaluate("spam_decoder", "classification", "spam"),
+        },
+        ("accuracy", "macro_f1"),
+        (("TF-IDF and a linear SVM", "spam-baseline", "accuracy"),),
+        Outputs("classification-test.jsonl", None),
+    ),
+    "translation_it": Task(
+        "Debian's descriptions in Italian, an encoder-decoder from scratch",
+        ("translation:it",),
+        (),
+        {
+            "train": _train("translation_it", "translation", "it"),
+            "evaluate": _evaluate(
+                "translation_it", "generation", "translation_it", "--num_beams=4"
+            ),
+        },
+        ("bleu", "chrf"),
+        (("the source as it is", "translation_it-baseline", "bleu"),),
+        Outputs("generation-test.jsonl", "source"),
+    ),
+    "translation_it_decoder": Task(
+        "The same by a decoder that is given the source",
+        ("translation:it",),
+        (),
+        {
+            "train": _train("translation_it_decoder", "translation", "it,decoder"),
+            "evaluate": _evaluate(
+                "translation_it_decoder", "generation", "translation_it", "--num_beams=4"
+            ),
+        },
+        ("bleu", "chrf"),
+        (("the source as it is", "translation_it-baseline", "bleu"),),
+        Outputs("generation-test.jsonl", "source"),
+    ),
+    "summaries": Task(
+        "A line on a package, by SmolLM2 with low-rank updates",
+        ("summaries",),
+        ("smollm2",),
+        {
+            "train": _train("summaries", "summaries", "runs/smollm2"),
+            "evaluate": _evaluate("summaries", "generation", "summaries", "--max_tokens=24"),
+        },
+        ("rougeL", "rouge1"),
+        (("the first sentence", "summaries-baseline", "rougeL"),),
+        Outputs("generation-test.jsonl", "long"),
+    ),
+    "definitions": Task(
+        "What is X? By SmolLM2 with low-rank updates",
+        ("definitions",),
+        ("smollm2",),
+        {
+            "train": _train("definitions", "definitions", "runs/smollm2"),
+            "evaluate": _evaluate("definitions", "generation", "definitions", "--max_tokens=40"),
+        },
+        ("token_f1", "exact_match"),
+        (("the nearest question's answer", "definitions-baseline", "token_f1"),),
+        Outputs("generation-test.jsonl", "question"),
+    ),
+    "spans": Task(
+        "Where X is defined among definitions, by MiniLM",
+        ("spans",),
+        ("minilm",),
+        {
+            "train": _train("spans", "spans", "runs/minilm"),
+            "evaluate": _evaluate("spans", "spans", "spans"),
+        },
+        ("exact_match", "token_f1"),
+        (
+            ("the first definition", "spans-baseline", "exact_match"),
+            ("a rule that looks X up", "spans-baseline", "rule/exact_match"),
+        ),
+        Outputs("spans-test.jsonl", "question"),
+    ),
+    "search": Task(
+        "Packages by what they are for, by MiniLM",
+        ("descriptions",),
+        ("minilm",),
+        {
+            "train": _train("search", "search", "runs/minilm"),
+            "evaluate": (
+                "llm_jax.search evaluate --workdir=runs/search --max_length=256"
+                f" --pairs='{_DATA}/descriptions/test.jsonl:query,document'"
+            ),
+        },
+        ("recall@1", "mrr@10", "ndcg@10"),
+        (("TF-IDF", "descriptions-baseline", "recall@1"),),
+        Outputs("search-test.jsonl", "query"),
+    ),
+}
