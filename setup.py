@@ -38,6 +38,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["llm_jax", "llm_jax.*"]),
     package_data={
         "llm_jax.kernels.flash_attention": ["block_table.json"],
+        "llm_jax.understanding": ["*.html"],
         "llm_jax.data.builders.state_of_the_union": ["*.jsonl.xz", "README.md"],
     },
     install_requires=[

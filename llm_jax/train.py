@@ -26,6 +26,7 @@ from llm_jax import evaluate
 from llm_jax import flops
 from llm_jax import mesh as mesh_lib
 from llm_jax import metrics as metrics_lib
+from llm_jax import private_gradients
 from llm_jax import sharding
 from llm_jax import start
 from llm_jax import train_step
@@ -134,6 +135,7 @@ class Run:
         self._evaluate = evaluate.Evaluator(
             prepared, config, self._batch_sharding, train_step.make_eval_step(config)
         )
+        self._accountant = private_gradients.make_accountant(config, self._stage.num_items)
         lengths = (config.data.sequence_length, config.target_length)
         per_token = flops.train_flops_per_token(config.model, *lengths)
         peak = flops.peak_flops(mesh.devices.flat[0])
@@ -216,6 +218,8 @@ class Run:
         self._checkpoints.close()
         if self._writer is not None:
             self._writer.close()
+        if self._accountant is not None:
+            self._say(self._accountant.describe(int(self._state.step)))
         return self._state
 
     def _is_due(self, step: int, is_stopping: bool) -> bool:
@@ -242,6 +246,8 @@ class Run:
         if step % self._config.train.log_every and not is_last:
             return
         row |= self._throughput.report(step)
+        if self._accountant is not None:
+            row |= self._accountant.metrics(step)
         if self._writer is not None:
             self._writer.write(step, row)
             self._terminal.progress(

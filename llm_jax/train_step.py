@@ -12,6 +12,7 @@ import optax
 from llm_jax import config as config_lib
 from llm_jax import losses
 from llm_jax import optim
+from llm_jax import private_gradients
 from llm_jax import sharding
 from llm_jax import tuning
 from llm_jax.data import batch as batch_lib
@@ -175,12 +176,14 @@ def gradients(
 ) -> tuple[build.Model, losses.LossSums, Routed]:
     """Returns the gradient of the mean loss over the whole batch, its sums, and what routers did.
 
-    Parameters that do not learn have None for a gradient.
+    Parameters that do not learn have None for a gradient. With `optim.dp_clip_norm` it is a private one.
 
     Microbatches are weighted by their tokens: each adds its summed loss over the weight of the
     whole batch, which is known before, so accumulation equals one large batch however unevenly the
     weights fall. Losses of routers are the mean of the microbatches' own.
     """
+    if config.optim.dp_clip_norm is not None:
+        return private_gradients.gradients(config, model, batch, key, _objective)
     batch, num_micro = _in_order(model, batch), config.optim.accumulation_steps
     weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
 

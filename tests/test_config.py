@@ -234,6 +234,14 @@ PROCESSES = {"coordinator_address", "num_processes", "process_id", "heartbeat_ti
             },
         ),
         (
+            "llm_jax.understanding.__main__",
+            {
+                *("workdir", "step", "output", "text", "file", "target", "layers"),
+                *("num_prompts", "prompt_tokens", "samples"),
+                *("chips", "hours", "watts", "load", "host", "pue", "grid"),
+            },
+        ),
+        (
             "llm_jax.sampling.__main__",
             PROCESSES
             | {

@@ -4,6 +4,7 @@ import math
 
 from llm_jax import errors
 from llm_jax.config import checks_moe
+from llm_jax.config import checks_private
 from llm_jax.config import schema
 from llm_jax.config import values
 
@@ -21,6 +22,7 @@ def check(config: schema.RunConfig) -> None:
     _check_tune(config)
     _check_mesh(config.mesh)
     checks_moe.check_run(config)
+    checks_private.check(config)
     is_ring = config.mesh.context == "ring"
     if is_ring and (config.model.architecture == "encoder_decoder" or config.model.head != "lm"):
         raise errors.UserError(

@@ -300,6 +300,10 @@ class OptimConfig:
     clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
     accumulation_steps: int = 1  # microbatches that a step's batch is split into
     offload_state: bool = False  # moments wait in host memory for their update
+    # Differential privacy (llm_jax/private_gradients.py): of the gradient of each row; None: off.
+    dp_clip_norm: float | None = None
+    dp_noise_multiplier: float = 1.0  # standard deviation of the noise, over dp_clip_norm
+    dp_delta: float | None = None  # that epsilon is told for; None: 1 over the rows of an epoch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,13 +62,7 @@ class Attention(nnx.Module):
         later one to all that each row has in the cache, which ends with its own keys. `key` turns
         dropout on.
         """
-        q_BTKGC, k_BTKC = self.queries(x_BTD), self.keys(x_BTD)
-        if context.rotary is not None:
-            how = {"tables": context.rotary, "is_interleaved": self.config.rope_interleave}
-            q = positions.rotate(self._by_heads(q_BTKGC, "BTKGC"), **how)
-            q_BTKGC = self._by_groups(q)
-            k_BTKC = positions.rotate(k_BTKC, **how)
-        q_BTKGC, k_BSKC, v_BSKC = laid_out(self.rules, q_BTKGC, k_BTKC, self.values(x_BTD))
+        q_BTKGC, k_BSKC, v_BSKC = self.projected(x_BTD, context)
         if cache is not None:
             cache = cache.write(k_BSKC, v_BSKC, context.slot)
         if cache is None or isinstance(context.slot, int):
@@ -87,6 +81,23 @@ class Attention(nnx.Module):
                 **self._scores(context),
             )
         return self.out(y_BTKGC), cache
+
+    def projected(
+        self, x_BTD: jax.Array, context: context_lib.Context
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries [B, T, K, G, C], keys and values [B, S, K, C], with positions."""
+        q_BTKGC, k_BTKC = self.queries(x_BTD), self.keys(x_BTD)
+        if context.rotary is not None:
+            how = {"tables": context.rotary, "is_interleaved": self.config.rope_interleave}
+            q = positions.rotate(self._by_heads(q_BTKGC, "BTKGC"), **how)
+            q_BTKGC = self._by_groups(q)
+            k_BTKC = positions.rotate(k_BTKC, **how)
+        return laid_out(self.rules, q_BTKGC, k_BTKC, self.values(x_BTD))
+
+    def weights(self, x_BTD: jax.Array, context: context_lib.Context) -> jax.Array:
+        """Returns the weights of a pass without a cache, float32 [B, K, G, T, S], to be looked at."""
+        q_BTKGC, k_BSKC, _ = self.projected(x_BTD, context)
+        return op.weights(q_BTKGC, k_BSKC, mask=context.mask, **self._scores(context))
 
     def queries(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the queries [B, T, K, G, C], without positions."""
@@ -235,10 +246,21 @@ class CrossAttention(Attention):
         """
         if cache is not None:
             return self.out(self._attend_to(cache, self.queries(x_BTD), context.encoder_lengths_B))
-        k_BSKC, v_BSKC = self.keys(context.encoder_BSD), self.values(context.encoder_BSD)
-        q_BTKGC, k_BSKC, v_BSKC = laid_out(self.rules, self.queries(x_BTD), k_BSKC, v_BSKC)
+        q_BTKGC, k_BSKC, v_BSKC = self.projected(x_BTD, context)
         y_BTKGC = self._attend(q_BTKGC, k_BSKC, v_BSKC, context.cross_mask, key, **self._scale())
         return self.out(y_BTKGC)
+
+    def projected(
+        self, x_BTD: jax.Array, context: context_lib.Context
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries [B, T, K, G, C] of the decoder, keys and values [B, S, K, C] of the encoder."""
+        k_BSKC, v_BSKC = self.keys(context.encoder_BSD), self.values(context.encoder_BSD)
+        return laid_out(self.rules, self.queries(x_BTD), k_BSKC, v_BSKC)
+
+    def weights(self, x_BTD: jax.Array, context: context_lib.Context) -> jax.Array:
+        """Returns the weights of a pass without a cache, float32 [B, K, G, T, S], to be looked at."""
+        q_BTKGC, k_BSKC, _ = self.projected(x_BTD, context)
+        return op.weights(q_BTKGC, k_BSKC, mask=context.cross_mask, **self._scale())
 
     def remember(self, encoder_BSD: jax.Array, cache: decode_op.Cache) -> decode_op.Cache:
         """Returns the cache with the keys and values of the encoder's final states in it."""

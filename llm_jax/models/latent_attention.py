@@ -14,6 +14,7 @@ from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.kernels.decode_attention import caches
 from llm_jax.kernels.decode_attention import op as decode_op
+from llm_jax.kernels.flash_attention import op
 from llm_jax.models import attention
 from llm_jax.models import context as context_lib
 from llm_jax.models import layers
@@ -75,13 +76,34 @@ class LatentAttention(nnx.Module):
             cache = cache.write(jnp.concatenate([latent_BTZ, k_rope_BTC], axis=-1), context.slot)
         if cache is None or isinstance(context.slot, int):
             q_BTHC = jnp.concatenate([q_BTHC, q_rope_BTHC], axis=-1)
-            y_BTHC = self._attend_expanded(q_BTHC, latent_BTZ, k_rope_BTC, context, key)
+            q_BTKGC, k_BSKC, v_BSKC = self._expanded(q_BTHC, latent_BTZ, k_rope_BTC)
+            how = attention.scale(self.config)
+            y_BTKGC = attention.attend(
+                self.config, self.rules, q_BTKGC, k_BSKC, v_BSKC, context.mask, key, **how
+            )
+            y_BTHC = y_BTKGC[:, :, :, 0]
         else:
             y_BTHC = self._attend_absorbed(q_BTHC, q_rope_BTHC, cache, context)
-        spec = self.rules.act("BTD")
-        return layers.project(
-            "BTHC,HCD->BTD", y_BTHC, lora.matrix(self, "out_HCD"), None, spec
-        ), cache
+        return self.out(y_BTHC[:, :, :, None]), cache
+
+    def projected(
+        self, x_BTD: jax.Array, context: context_lib.Context
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries [B, T, H, 1, C], keys and values [B, S, H, C], with positions."""
+        q_BTHC = jnp.concatenate(self.queries(x_BTD, context), axis=-1)
+        return self._expanded(q_BTHC, *self.latents(x_BTD, context))
+
+    def weights(self, x_BTD: jax.Array, context: context_lib.Context) -> jax.Array:
+        """Returns the weights of a pass without a cache, float32 [B, H, 1, T, S], to be looked at."""
+        q_BTKGC, k_BSKC, _ = self.projected(x_BTD, context)
+        how = attention.scale(self.config)
+        return op.weights(q_BTKGC, k_BSKC, mask=context.mask, **how)
+
+    def out(self, y_BTKGC: jax.Array) -> jax.Array:
+        """Returns what heads have gathered, groups of one, as one [B, T, D]."""
+        y_BTHC, spec = y_BTKGC[:, :, :, 0], self.rules.act("BTD")
+        weight = lora.matrix(self, "out_HCD")
+        return layers.project("BTHC,HCD->BTD", y_BTHC, weight, None, spec)
 
     def queries(
         self, x_BTD: jax.Array, context: context_lib.Context
@@ -124,15 +146,10 @@ class LatentAttention(nnx.Module):
     def _rotated(self, x: jax.Array, context: context_lib.Context) -> jax.Array:
         return positions.rotate(x, context.rotary, self.config.rope_interleave)
 
-    def _attend_expanded(
-        self,
-        q_BTHC: jax.Array,
-        latent_BTZ: jax.Array,
-        k_rope_BTC: jax.Array,
-        context: context_lib.Context,
-        key: jax.Array | None,
-    ) -> jax.Array:
-        """Attends with keys and values of each head among the tokens of this pass."""
+    def _expanded(
+        self, q_BTHC: jax.Array, latent_BTZ: jax.Array, k_rope_BTC: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries [B, T, H, 1, C] beside keys and values [B, S, H, C] of each head."""
         spec = self.rules.act("BTHC")
         k_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, lora.matrix(self, "k_ZHC"), None, spec)
         v_BTHC = layers.project("BTZ,ZHC->BTHC", latent_BTZ, lora.matrix(self, "v_ZHC"), None, spec)
@@ -140,13 +157,7 @@ class LatentAttention(nnx.Module):
         k_rope_BTHC = jnp.broadcast_to(k_rope_BTC[:, :, None], shape, out_sharding=spec)
         k_BTHC = jnp.concatenate([k_BTHC, k_rope_BTHC], axis=-1)
         # Each head has keys of its own: key-value heads are heads, in groups of one.
-        q_BTKGC = q_BTHC[:, :, :, None]
-        q_BTKGC, k_BSKC, v_BSKC = attention.laid_out(self.rules, q_BTKGC, k_BTHC, v_BTHC)
-        how = attention.scale(self.config)
-        y_BTKGC = attention.attend(
-            self.config, self.rules, q_BTKGC, k_BSKC, v_BSKC, context.mask, key, **how
-        )
-        return y_BTKGC[:, :, :, 0]
+        return attention.laid_out(self.rules, q_BTHC[:, :, :, None], k_BTHC, v_BTHC)
 
     def _attend_absorbed(
         self,

@@ -92,6 +92,25 @@ def attention(
     )
 
 
+def weights(
+    q_BTKGC: jax.Array,
+    k_BSKC: jax.Array,
+    *,
+    mask: masks.Mask | pallas.Prepared,
+    scale: float,
+    softcap: float | None = None,
+    bias: biases.Bias | None = None,
+) -> jax.Array:
+    """Returns what `attention` sums values by, float32 [B, K, G, T, S], to be looked at.
+
+    Whole, by the reference, whatever implementation attends; arguments as of `attention`.
+    """
+    _check_shapes(q_BTKGC, k_BSKC, k_BSKC, bias, None)
+    others = {"mask": mask.mask if isinstance(mask, pallas.Prepared) else mask, "bias": bias}
+    placed = placement.like_queries(others, q_BTKGC)
+    return reference.weights(q_BTKGC, k_BSKC, scale=scale, softcap=softcap, **placed)
+
+
 def _piece(
     implementation: str,
     q_BTKGC: jax.Array,

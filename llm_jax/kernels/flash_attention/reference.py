@@ -47,6 +47,43 @@ def attention(
       [B, T, K, G, C of the values] in the dtype of `q_BTKGC`. The softmax runs in float32. A query
       that sees no key gets zeros.
     """
+    weights_BKGTS = weights(
+        q_BTKGC,
+        k_BSKC,
+        mask=mask,
+        scale=scale,
+        q_offset=q_offset,
+        softcap=softcap,
+        bias=bias,
+        sinks_KG=sinks_KG,
+        q_start=q_start,
+        k_start=k_start,
+    )
+    if dropout is not None:
+        weights_BKGTS = weights_BKGTS * dropout_factors(
+            dropout,
+            weights_BKGTS.shape,
+            q_start + jnp.arange(q_BTKGC.shape[1]),
+            k_start + jnp.arange(k_BSKC.shape[1]),
+        )
+    weights_BKGTS = weights_BKGTS.astype(v_BSKC.dtype)
+    return jnp.einsum("BKGTS,BSKC->BTKGC", weights_BKGTS, v_BSKC).astype(q_BTKGC.dtype)
+
+
+def weights(
+    q_BTKGC: jax.Array,
+    k_BSKC: jax.Array,
+    *,
+    mask: masks.Mask,
+    scale: float,
+    q_offset: jax.Array | int = 0,
+    softcap: float | None = None,
+    bias: biases.Bias | None = None,
+    sinks_KG: jax.Array | None = None,
+    q_start: int = 0,
+    k_start: int = 0,
+) -> jax.Array:
+    """Returns the weights that `attention` sums values by, float32 [B, K, G, T, S]; arguments as there."""
     num_queries, num_keys = q_BTKGC.shape[1], k_BSKC.shape[1]
     t_T = q_offset + q_start + jnp.arange(num_queries)
     s_S = k_start + jnp.arange(num_keys)
@@ -59,13 +96,7 @@ def attention(
     if bias is not None:
         scores_BKGTS = scores_BKGTS + bias.scores_BKGTS(t_T, s_S)
     allowed_B11TS = masks.allowed_BTS(mask, t_T, s_S)[:, None, None]
-    weights_BKGTS = masked_softmax(scores_BKGTS, allowed_B11TS, sinks_KG)
-    if dropout is not None:
-        weights_BKGTS = weights_BKGTS * dropout_factors(
-            dropout, weights_BKGTS.shape, q_start + jnp.arange(num_queries), s_S
-        )
-    weights_BKGTS = weights_BKGTS.astype(v_BSKC.dtype)
-    return jnp.einsum("BKGTS,BSKC->BTKGC", weights_BKGTS, v_BSKC).astype(q_BTKGC.dtype)
+    return masked_softmax(scores_BKGTS, allowed_B11TS, sinks_KG)
 
 
 def masked_softmax(
