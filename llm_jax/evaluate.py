@@ -1,7 +1,8 @@
 """One pass over a split, and the command `python -m llm_jax.evaluate --workdir=... [--tasks=...]`.
 
-The command scores a finished or running experiment's checkpoint with the config that the
-checkpoint carries; `--config.x.y=z` is not needed and not taken. Tasks are in `llm_jax/evaluation/tasks.py`.
+The command scores a finished or running experiment's checkpoint with the config that the checkpoint carries.
+`--config=FILE` scores it on the data and by the objective of another one: what a model knew before it learned
+something, or has forgotten since. Tasks are in `llm_jax/evaluation/tasks.py`.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,11 @@ from llm_jax import distributed
 from llm_jax import errors
 from llm_jax import losses
 from llm_jax import mesh as mesh_lib
+from llm_jax import preferences
 from llm_jax import sharding
 from llm_jax import train_step
 from llm_jax.data import batch as batch_lib
+from llm_jax.data import chat as chat_lib
 from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import placement
@@ -47,12 +50,14 @@ class Evaluator:
       config: of the run.
       batch_sharding: of a global batch.
       eval_step: from `train_step.make_eval_step`.
+      reference: of preferences, the model that training started from.
     """
 
     prepared: prepare.Prepared
     config: config_lib.RunConfig
     batch_sharding: jax.sharding.NamedSharding
     eval_step: Callable[[build.Model, batch_lib.Batch], losses.LossSums]
+    reference: Callable[[batch_lib.Batch], batch_lib.Batch] | None = None
 
     def __call__(self, model: build.Model) -> dict[str, float]:
         """Returns `eval/<split>/loss` (nats a token), `perplexity` and, of text, `bits_per_byte`."""
@@ -82,7 +87,8 @@ class Evaluator:
         host_batches = pipeline.eval_batches(
             self._stage, data, rows=rows, num_steps=self.config.train.eval_steps
         )
-        return placement.on_mesh(host_batches, self.batch_sharding, data.batch_size, rows)
+        found = placement.on_mesh(host_batches, self.batch_sharding, data.batch_size, rows)
+        return found if self.reference is None else map(self.reference, found)
 
 
 def format_scores(scores: dict[str, float]) -> str:
@@ -105,17 +111,22 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_beams", 1, "Of generation: 1 is greedy.", 1)
     flags.DEFINE_integer("max_tokens", None, "Of generation: of a text; 128 if they fit.", 1)
     flags.DEFINE_integer("stride", None, "Of perplexity: tokens between windows; half of one.", 1)
+    command.define_config()
     command.define_processes()
 
 
 def main() -> None:
     given = flags.FLAGS
+    other = command.config_from_flags() if given.config is not None else None
     step = checkpoint.parse_step(given.step)
     options = tasks.Options(given.num_beams, given.max_tokens, given.stride)
     names = [name.strip() for name in given.tasks]
 
     def read(step_dir: epath.Path, meta: checkpoint.Meta) -> list[dict[str, Any]]:
-        changed = dataclasses.replace(meta.config, data=_data(meta.config.data))
+        like = meta.config if other is None else other
+        changed = dataclasses.replace(
+            meta.config, data=_data(like.data), objective=like.objective, tune=like.tune
+        )
         for name in names:
             if name != "loss":
                 tasks.check(name, changed)
@@ -174,7 +185,8 @@ def run(
         model = checkpoint.restore_params(step_dir, meta, abstract, mesh)
     # As the checkpoint has them: what it was trained on need not be here.
     tokenizer = tokenizer_lib.from_dict(meta.tokenizer)
-    cache = prepare.prepare_split(config, config.data.eval_split, tokenizer, meta.labels)
+    chat = chat_lib.of_checkpoint(meta)
+    cache = prepare.prepare_split(config, config.data.eval_split, tokenizer, meta.labels, chat)
     prepare.check_same(prepare.Prepared(cache, cache, tokenizer))
     given = tasks.Checkpoint(workdir, meta, config, model, mesh, rules, cache, tokenizer, of)
     return [_loss(given) if name == "loss" else tasks.run(name, given, options) for name in names]
@@ -188,6 +200,9 @@ def _loss(given: tasks.Checkpoint) -> dict[str, float]:
         train_step.make_eval_step(given.config),
     )
     with jax.set_mesh(given.mesh):
+        if given.config.objective.name == "preference":
+            reference = preferences.Reference(given.config, given.mesh)
+            evaluator = dataclasses.replace(evaluator, reference=reference)
         return {"step": given.meta.step} | evaluator(given.model)
 
 

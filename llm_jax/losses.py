@@ -97,6 +97,22 @@ def contrastive_sums(
     return weighted_sums(terms, jnp.zeros_like(terms), weights_B)
 
 
+def preference_sums(
+    policy_B2: jax.Array, reference_B2: jax.Array, weights_B: jax.Array, *, beta: float
+) -> LossSums:
+    """Sums the loss of preferring the first of two answers, in nats (Rafailov et al. 2023, equation 7).
+
+    Args:
+      policy_B2, reference_B2: log-probabilities of both answers under the model that learns and under the one it
+        started from.
+      weights_B: float32, 0 for rows that are padding.
+      beta: how dear it is to leave the reference.
+    """
+    gained_B2 = policy_B2 - reference_B2
+    terms_B = -jax.nn.log_sigmoid(beta * (gained_B2[:, 0] - gained_B2[:, 1]))
+    return weighted_sums(terms_B, jnp.zeros_like(terms_B), weights_B)
+
+
 def weighted_sums(
     cross_entropy_BT: jax.Array, log_z_BT: jax.Array, weights_BT: jax.Array
 ) -> LossSums:

@@ -26,6 +26,7 @@ from llm_jax import evaluate
 from llm_jax import flops
 from llm_jax import mesh as mesh_lib
 from llm_jax import metrics as metrics_lib
+from llm_jax import preferences
 from llm_jax import private_gradients
 from llm_jax import sharding
 from llm_jax import start
@@ -126,14 +127,24 @@ class Run:
         self._is_profiling = False
         self._terminal = metrics_lib.Terminal()
         self._checkpoints = checkpoint.Checkpoints(
-            workdir, config, prepared.tokenizer.to_dict(), prepared.labels
+            workdir,
+            config,
+            prepared.tokenizer.to_dict(),
+            prepared.labels,
+            prepared.chat and prepared.chat.to_dict(),
         )
         self._state = self._first_state(rules, mesh, prepared.tokenizer.to_dict())
         self._first_step = int(self._state.step)
         self._writer = metrics_lib.Writer(workdir, self._first_step) if self._is_main else None
         self._train_step = train_step.make_train_step(config)
+        is_compared = config.objective.name == "preference"
+        self._reference = preferences.Reference(config, mesh) if is_compared else None
         self._evaluate = evaluate.Evaluator(
-            prepared, config, self._batch_sharding, train_step.make_eval_step(config)
+            prepared,
+            config,
+            self._batch_sharding,
+            train_step.make_eval_step(config),
+            self._reference,
         )
         self._accountant = private_gradients.make_accountant(config, self._stage.num_items)
         lengths = (config.data.sequence_length, config.target_length)
@@ -178,7 +189,8 @@ class Run:
             start_step=self._first_step,
             rows=rows,
         )
-        return placement.on_mesh(host_batches, self._batch_sharding, data.batch_size, rows)
+        found = placement.on_mesh(host_batches, self._batch_sharding, data.batch_size, rows)
+        return found if self._reference is None else map(self._reference, found)
 
     # --- the loop -----------------------------------------------------------------------------
 

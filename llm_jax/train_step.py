@@ -21,6 +21,9 @@ from llm_jax.kernels.flash_attention import ring
 from llm_jax.models import build
 from llm_jax.models.moe import balance
 
+# Objectives whose rows hold two texts that must not see each other, packed or not.
+_OF_TWO = ("contrastive", "preference")
+
 Metrics = dict[str, jax.Array]
 Routed = dict[str, balance.Routed]  # by stack
 
@@ -90,7 +93,11 @@ def states(
     `key` is that of a training step.
     """
     # Rows of `concat` are one segment; their padding comes last, where causal attention hides it.
-    is_told = config.data.packing == "packed" or config.model.architecture != "decoder"
+    is_told = (
+        config.data.packing == "packed"
+        or config.model.architecture != "decoder"
+        or config.objective.name in _OF_TWO
+    )
     segments_BT = batch.segments if is_told else None
     inputs = batch_lib.model_inputs(batch)
     if config.model.moe.is_on and not is_told:
@@ -125,6 +132,15 @@ def token_losses(
     return tokens, routed
 
 
+def of_answers(cross_entropy_BT: jax.Array, batch: batch_lib.Batch) -> jax.Array:
+    """Returns the log-probabilities of the two answers of each row, in nats, float32 [B, 2]."""
+    of_both = [
+        -jnp.sum(cross_entropy_BT * batch.weights * (batch.segments == number), axis=1)
+        for number in (1, 2)
+    ]
+    return jnp.stack(of_both, axis=1)
+
+
 def _in_order(model: build.Model, batch: batch_lib.Batch) -> batch_lib.Batch:
     """Returns the batch in the order that balances a ring, where keys go around; sums do not see it."""
     return jax.tree.map(ring.zigzag, batch) if model.rules.context == "ring" else batch
@@ -149,6 +165,13 @@ def _objective(
         }
         sums = losses.contrastive_sums(*pair, batch.weights, **how)
         return sums.cross_entropy, sums, routed
+    if config.objective.name == "preference":
+        tokens, routed = token_losses(config, model, batch, key)
+        policy_B2 = of_answers(tokens.cross_entropy_BT, batch)
+        weights_B = jnp.any(batch.weights > 0, axis=1).astype(jnp.float32)
+        beta = config.objective.beta
+        sums = losses.preference_sums(policy_B2, batch.reference, weights_B, beta=beta)
+        return sums.cross_entropy, sums, routed
     if config.model.head == "lm":
         tokens, routed = token_losses(config, model, batch, key)
         terms = (tokens.cross_entropy_BT, tokens.log_z_BT)
@@ -171,6 +194,13 @@ def loss_sums(
     return _objective(config, model, _in_order(model, batch), key)[1]
 
 
+def _total_weight(config: config_lib.RunConfig, batch: batch_lib.Batch) -> jax.Array:
+    """Returns what losses of a batch are divided by: its tokens, labels or pairs."""
+    if config.objective.name == "preference":
+        return jnp.sum(jnp.any(batch.weights > 0, axis=1).astype(jnp.float32))
+    return jnp.sum(batch.weights)
+
+
 def gradients(
     config: config_lib.RunConfig, model: build.Model, batch: batch_lib.Batch, key: jax.Array
 ) -> tuple[build.Model, losses.LossSums, Routed]:
@@ -185,7 +215,7 @@ def gradients(
     if config.optim.dp_clip_norm is not None:
         return private_gradients.gradients(config, model, batch, key, _objective)
     batch, num_micro = _in_order(model, batch), config.optim.accumulation_steps
-    weight = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    weight = jnp.maximum(_total_weight(config, batch), 1.0)
 
     learned, still = tuning.split(config, model)
 

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
-import re
 import time
 from typing import Any
 
 from absl import flags
 import numpy as np
 
+from experiments.tasks.data import dialogue
 from llm_jax import command
 from llm_jax import errors
 from llm_jax.data import preprocessing
@@ -83,7 +83,7 @@ def labels(name: str, change: preprocessing.Stage) -> Baseline:
 def summaries(name: str, change: preprocessing.Stage) -> Baseline:
     """The first sentence."""
     test = read(name, "test")
-    said = [re.match(r"(.+?[.!?])(\s|$)|.+", row["long"])[0].strip() for row in test]
+    said = [dialogue.first_sentence(row["long"]) for row in test]
     return _texts([row["long"] for row in test], [row["short"] for row in test], said)
 
 

@@ -63,6 +63,10 @@ def abstract_batch(
     if config.objective.name == "contrastive":
         targets = array(jnp.int32, dims="B")
         batch = batch._replace(targets=targets, weights=array(jnp.float32, dims="B"))
+    if config.objective.name == "preference":
+        placed = NamedSharding(mesh, PartitionSpec(rules.act("B")[0], None))
+        reference = jax.ShapeDtypeStruct((num_rows, 2), jnp.float32, sharding=placed)
+        batch = batch._replace(reference=reference)
     return batch
 
 

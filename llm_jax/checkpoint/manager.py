@@ -53,9 +53,10 @@ class Checkpoints:
         config: config_lib.RunConfig,
         tokenizer: dict[str, Any],
         labels: list[str] | None = None,
+        chat: dict[str, Any] | None = None,
     ):
-        """Args: folder and config of the run; what its checkpoints tell of tokens and of classes."""
-        self._labels = labels
+        """Args: folder and config of the run; what its checkpoints tell of tokens, classes, conversations."""
+        self._labels, self._chat = labels, chat
         self._directory = folder.directory(workdir)
         self._config = config
         self._tokenizer = tokenizer
@@ -99,6 +100,7 @@ class Checkpoints:
             arrays=contents.of_tree(parts),
             mesh=contents.mesh_of(parts),
             labels=self._labels,
+            chat=self._chat,
         )
         self._note_loss(step, eval_loss)
         args = ocp.args.Composite(

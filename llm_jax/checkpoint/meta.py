@@ -82,6 +82,7 @@ class Meta:
       mesh: size of each axis that they were saved from; None where that was not recorded.
       source: what the parameters were converted from (`convert`); None if they were trained here.
       labels: names of classes by their number; None where a model has none.
+      chat: `chat.Template.to_dict()` of a run; None where it has none.
     """
 
     step: int
@@ -94,6 +95,7 @@ class Meta:
     mesh: dict[str, int] | None = None
     source: dict[str, Any] | None = None
     labels: list[str] | None = None
+    chat: dict[str, Any] | None = None
 
 
 def make_record(meta: Meta) -> dict[str, Any]:
@@ -148,6 +150,7 @@ def read_meta(step_dir: epath.Path) -> Meta:
         mesh=raw["mesh"] if "mesh" in raw else None,
         source=raw["source"] if "source" in raw else None,
         labels=raw["labels"] if "labels" in raw else None,
+        chat=raw["chat"] if "chat" in raw else None,
     )
 
 

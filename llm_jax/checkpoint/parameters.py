@@ -36,6 +36,7 @@ def save_params(
     params: dict[str, Any],
     source: dict[str, Any] | None = None,
     labels: list[str] | None = None,
+    chat: dict[str, Any] | None = None,
 ) -> epath.Path:
     """Writes parameters as the checkpoint of step 0; returns its folder when it is whole.
 
@@ -46,6 +47,7 @@ def save_params(
       params: nested dicts by name, of arrays on a mesh.
       source: where they came from, for `Meta.source`.
       labels: names of classes, for `Meta.labels`.
+      chat: how conversations are written, for `Meta.chat`.
 
     Raises:
       errors.UserError: the folder has checkpoints.
@@ -63,6 +65,7 @@ def save_params(
         mesh=contents.mesh_of(parts),
         source=source,
         labels=labels,
+        chat=chat,
     )
     pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE_BYTES), params)
     args = ocp.args.Composite(

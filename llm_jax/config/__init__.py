@@ -19,6 +19,7 @@ from llm_jax.config.schema import ACTIVATIONS
 from llm_jax.config.schema import ARCHITECTURES
 from llm_jax.config.schema import ATTENTIONS
 from llm_jax.config.schema import BALANCES
+from llm_jax.config.schema import CHAT_OBJECTIVES
 from llm_jax.config.schema import CONTEXTS
 from llm_jax.config.schema import CROSS_ENTROPIES
 from llm_jax.config.schema import DISPATCHES
@@ -87,6 +88,7 @@ __all__ = [
     "RULES",
     "RunConfig",
     "SCHEDULES",
+    "CHAT_OBJECTIVES",
     "TEXT_OBJECTIVES",
     "TOO_LONG",
     "TrainConfig",

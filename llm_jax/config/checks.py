@@ -331,6 +331,19 @@ def check_objective(config: schema.RunConfig) -> None:
     )
     if name not in schema.TEXT_OBJECTIVES:
         _check_examples(config.data, name)
+    values.require(
+        name != "preference" or bool(config.tune.start),
+        "tune.start",
+        config.tune.start,
+        "objective.name = 'preference' compares with the model that training starts from: name its workdir",
+    )
+    trains_tokenizer = config.data.tokenizer.startswith("train_bpe")
+    values.require(
+        name not in schema.CHAT_OBJECTIVES or not trains_tokenizer,
+        "data.tokenizer",
+        config.data.tokenizer,
+        f"no tokenizer is trained on conversations (objective.name = {name!r}): use that of a model, workdir:PATH",
+    )
 
 
 def _head_of(objective: str) -> str:
@@ -358,6 +371,19 @@ def _check_examples(d: schema.DataConfig, name: str) -> None:
         "data.input_fields",
         d.input_fields,
         "objective.name = 'contrastive' takes one; data.target_field is that of the text beside it",
+    )
+    values.require(
+        name not in schema.CHAT_OBJECTIVES or num_fields == 1,
+        "data.input_fields",
+        d.input_fields,
+        f"objective.name = {name!r} takes one, of a conversation",
+    )
+    values.require(
+        name != "preference" or len(d.target_field.split(",")) == 2,
+        "data.target_field",
+        d.target_field,
+        "objective.name = 'preference' takes two, of the answer that is preferred and the other:"
+        " chosen,rejected",
     )
     values.require(
         name != "span" or num_fields == 2,

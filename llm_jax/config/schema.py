@@ -19,7 +19,8 @@ PACKINGS = ("packed", "concat", "none")
 TOO_LONG = ("truncate", "refuse")
 TEXT_OBJECTIVES = ("causal", "prefix", "mlm", "span_corruption", "ul2")
 LABEL_OBJECTIVES = ("sequence", "token", "span")  # each with the head of its name
-OBJECTIVES = (*TEXT_OBJECTIVES, "seq2seq", "contrastive", *LABEL_OBJECTIVES)
+CHAT_OBJECTIVES = ("chat", "preference")  # of conversations
+OBJECTIVES = (*TEXT_OBJECTIVES, "seq2seq", "contrastive", *CHAT_OBJECTIVES, *LABEL_OBJECTIVES)
 OBJECTIVES_OF = {  # by architecture
     "decoder": tuple(name for name in OBJECTIVES if name != "mlm"),
     "encoder": ("mlm", "contrastive", *LABEL_OBJECTIVES),
@@ -249,6 +250,8 @@ class DataConfig:
     # Stages of llm_jax.data.preprocessing, by commas, for texts that get a label: "normalise,segment,stem".
     preprocessing: str = ""
     language: str = "english"  # of those stages
+    # Of conversations: a file of Jinja, or "plain"; "": that of tokenizer=workdir:PATH.
+    chat_template: str = ""
     too_long: str = (
         "truncate"  # examples that no row holds: truncate (a warning counts them) | refuse
     )
@@ -278,6 +281,7 @@ class ObjectiveConfig:
     target_length: int = 128  # tokens of a decoder's row, for an encoder-decoder
     num_sentinels: int = 100  # that a tokenizer without its own is given (span_corruption, ul2)
     temperature: float = 0.05  # contrastive: that cosines are divided by
+    beta: float = 0.1  # preference: how dear it is to leave the model that training starts from
     is_symmetric: bool = True  # contrastive: the second text of a pair looks for the first as well
     is_input_bidirectional: bool = False  # decoders: inputs before targets see each other both ways
 

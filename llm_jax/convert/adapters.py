@@ -25,6 +25,7 @@ from llm_jax.convert import engine
 from llm_jax.convert import exporting
 from llm_jax.convert import table
 from llm_jax.convert import tensors as tensors_lib
+from llm_jax.data import chat
 from llm_jax.models import build
 from llm_jax.models import lora
 
@@ -52,12 +53,18 @@ def merge(workdir: str, target: str, step: int | str | None) -> str:
             abstract = build.abstract_model(model, rules)
             params = checkpoint.restore_params(step_dir, meta, abstract, mesh)
             merged = lora.merge(params, model, rules)
+        template = chat.of_checkpoint(meta)
         # A start would be looked for again, by runs that take this config.
         config = dataclasses.replace(
             meta.config, model=lora.without(model), tune=config_lib.TuneConfig()
         )
         checkpoint.save_params(
-            target, config, meta.tokenizer, trees.to_nested(merged), labels=meta.labels
+            target,
+            config,
+            meta.tokenizer,
+            trees.to_nested(merged),
+            labels=meta.labels,
+            chat=None if template is None else template.to_dict(),
         )
         return f"{step_dir}, its updates of rank {model.lora.rank} merged, is {target}"
 

@@ -154,6 +154,7 @@ class Export:
         self._source, self._family, self._options = source, family, options
         self._model_config, self._labels = meta.config.model, meta.labels
         self._tokenizer = tokenizer_lib.from_dict(meta.tokenizer)
+        self._chat = meta.chat
         self._plan = engine.Plan(family, meta.config.model, abstract)
         self._naming = engine.Naming(**source.get("naming", {}))
         self._extras = {
@@ -235,4 +236,4 @@ class Export:
         writer.close()
         text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-        tokenizer_files.write(folder, self._source.get("files", {}), self._tokenizer)
+        tokenizer_files.write(folder, self._source.get("files", {}), self._tokenizer, self._chat)

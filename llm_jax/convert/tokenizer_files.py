@@ -27,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 _JSON, _PIECES = "tokenizer.json", ("tokenizer.model", "spiece.model")
 _SETTINGS, _GENERATION = "tokenizer_config.json", "generation_config.json"
+_TEMPLATE = "chat_template.jinja"
 # Kept as they are, and written back.
 _KEPT_TEXT = (
     *(_SETTINGS, _GENERATION, "special_tokens_map.json", "added_tokens.json"),
@@ -77,8 +78,20 @@ def kept(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer | None) -> Fil
     return found
 
 
-def write(folder: pathlib.Path, files: Files, tokenizer: tokenizer_lib.Tokenizer) -> None:
-    """Writes the kept files, and the tokenizer in its own format where they are not it."""
+def write(
+    folder: pathlib.Path,
+    files: Files,
+    tokenizer: tokenizer_lib.Tokenizer,
+    chat: dict[str, Any] | None = None,
+) -> None:
+    """Writes the kept files, and the tokenizer in its own format where they are not it.
+
+    Args:
+      folder: to write to.
+      files: of a converted model, as they were.
+      tokenizer: of the model.
+      chat: how conversations are written, as `Meta.chat`; files that are kept have it themselves.
+    """
     raw = tokenizer.to_dict()
     for name, content in files.items():
         if "text" in content:
@@ -92,6 +105,8 @@ def write(folder: pathlib.Path, files: Files, tokenizer: tokenizer_lib.Tokenizer
         if _SETTINGS not in files:
             settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | _names(tokenizer)
             (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            if chat is not None:
+                (folder / _TEMPLATE).write_text(chat["source"], encoding="utf-8")
     elif isinstance(tokenizer, tokenizer_kinds.SentencePiece):
         if not any(name in files for name in _PIECES):
             (folder / _PIECES[0]).write_bytes(base64.b64decode(raw["model"]))

@@ -25,6 +25,9 @@ class Batch(NamedTuple):
     encoder_tokens: Any = None  # int32
     encoder_segments: Any = None  # int32: a segment of the decoder sees the one of its number
     encoder_positions: Any = None  # int32
+    reference: Any = (
+        None  # float32 [B, 2]: log-probabilities of two answers, by the model of the start
+    )
 
 
 # What a model's `hidden` calls the fields that not every batch has.

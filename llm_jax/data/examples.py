@@ -6,6 +6,7 @@
     sequence    a label (string, or a number from 0), or a number     its number, or the number
     token       a label for each word of a list                       of each token; -1 but for first ones
     span        {"text": ..., "answer_start": ...} as SQuAD has it    first and last token; none: -1, -1
+    chat, preference                                                  see `conversations`
 
 Several answers are a list in both fields, of which the first counts; an empty one is no answer.
 """
@@ -22,6 +23,8 @@ import numpy as np
 from llm_jax import config as config_lib
 from llm_jax import errors
 from llm_jax import patterns
+from llm_jax.data import chat
+from llm_jax.data import conversations
 from llm_jax.data import preprocessing
 from llm_jax.data import sources
 from llm_jax.data import token_cache
@@ -42,6 +45,15 @@ def input_fields(data_config: config_lib.DataConfig) -> list[str]:
     return [field.strip() for field in data_config.input_fields.split(",")]
 
 
+def fields_of(config: config_lib.RunConfig) -> list[str]:
+    """Returns the names of all fields that an example has, of inputs first."""
+    data = config.data
+    if config.objective.name == "chat":  # targets are among its messages
+        return input_fields(data)
+    targets = [field.strip() for field in data.target_field.split(",")]
+    return [*input_fields(data), *targets]
+
+
 def is_regression(config: config_lib.RunConfig) -> bool:
     """Returns whether targets are numbers instead of labels."""
     return config.objective.name == "sequence" and config.model.num_labels == 1
@@ -60,8 +72,11 @@ def texts(data_config: config_lib.DataConfig, split: str) -> Iterator[str]:
 def dtypes(config: config_lib.RunConfig, vocab_size: int) -> dict[str, str]:
     """Returns the type of each column."""
     tokens = token_cache.smallest_dtype(vocab_size).name
-    count = len(input_fields(config.data))
-    target = tokens if config.objective.name in _WITH_TEXT else "int32"
+    name = config.objective.name
+    count = 2 if name == "preference" else len(input_fields(config.data))
+    target = tokens if name in (*_WITH_TEXT, "preference") else "int32"
+    if name == "chat":
+        target = "uint8"
     return {f"input_{i}": tokens for i in range(count)} | {
         "target": "float32" if is_regression(config) else target
     }
@@ -119,6 +134,7 @@ def columns(
     tokenizer: tokenizer_lib.Tokenizer,
     labels: Sequence[str] | None,
     split: str,
+    template: chat.Template | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the columns of each example of a split.
 
@@ -127,13 +143,17 @@ def columns(
       tokenizer: of texts; no special tokens are added.
       labels: from `label_names`.
       split: which.
+      template: of conversations, where examples are such.
 
     Raises:
       errors.UserError: an example that will not do; says which and why.
     """
-    fields = [*input_fields(config.data), config.data.target_field]
+    name, fields = config.objective.name, fields_of(config)
     records = sources.records(config.data, split, fields)
-    name, inputs, target = config.objective.name, fields[:-1], fields[-1]
+    if name in config_lib.CHAT_OBJECTIVES:
+        yield from conversations.columns(config, tokenizer, template, records)
+        return
+    inputs, target = fields[:-1], fields[-1]
     stages = patterns.split(config.data.preprocessing)
     if stages:
         records = _preprocessed(records, inputs, preprocessing.make(stages, config.data.language))

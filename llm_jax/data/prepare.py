@@ -28,6 +28,7 @@ from llm_jax import config as config_lib
 from llm_jax import distributed
 from llm_jax import errors
 from llm_jax.data import cache_folder
+from llm_jax.data import chat as chat_lib
 from llm_jax.data import example_cache
 from llm_jax.data import examples
 from llm_jax.data import file_lock
@@ -54,6 +55,7 @@ class Prepared:
     train: Cache
     eval: Cache
     tokenizer: tokenizer_lib.Tokenizer
+    chat: chat_lib.Template | None = None  # how the model is spoken to
 
     @property
     def labels(self) -> list[str] | None:
@@ -87,6 +89,7 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
             f"{_added(base, tokenizer)}, more than model.vocab_size = {run_config.model.vocab_size}: set"
             f" --config.model.vocab_size={tokenizer.vocab_size} or more"
         )
+    chat = chat_lib.of_config(data, base)
     # Tokens that were added for the objective are in no text, so caches do without them.
     if is_of_text:
         train, evaluation = (
@@ -95,11 +98,12 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
     else:
         # Labels follow from the training split.
         origin = sources.identity(data, data.train_split)
-        train = _prepare_examples(run_config, data.train_split, base, None, origin)
+        own = (run_config, base, chat)
+        train = _prepare_examples(*own, data.train_split, None, origin)
         labels = train.manifest.labels
-        evaluation = _prepare_examples(run_config, data.eval_split, base, labels, origin)
+        evaluation = _prepare_examples(*own, data.eval_split, labels, origin)
         _check_num_labels(run_config, train)
-    return Prepared(train, evaluation, tokenizer)
+    return Prepared(train, evaluation, tokenizer, chat)
 
 
 def prepare_split(
@@ -107,6 +111,7 @@ def prepare_split(
     split: str,
     tokenizer: tokenizer_lib.Tokenizer,
     labels: list[str] | None,
+    chat: chat_lib.Template | None = None,
 ) -> Cache:
     """Tokenises one split for a model that has a tokenizer and labels already, or opens what was
     tokenised before; raises as `prepare`.
@@ -116,11 +121,12 @@ def prepare_split(
       split: which.
       tokenizer: the model's, with the special tokens of its objective.
       labels: names of the model's classes by their number; None where it has none.
+      chat: how the model is spoken to.
     """
     config_lib.check_objective(run_config)
     if run_config.objective.name in config_lib.TEXT_OBJECTIVES:
         return _prepare_split(run_config.data, split, tokenizer)
-    return _prepare_examples(run_config, split, tokenizer, labels, labels)
+    return _prepare_examples(run_config, tokenizer, chat, split, labels, labels)
 
 
 def _added(base: tokenizer_lib.Tokenizer, tokenizer: tokenizer_lib.Tokenizer) -> str:
@@ -224,15 +230,16 @@ def _prepare_split(
 
 def _prepare_examples(
     run_config: config_lib.RunConfig,
-    split: str,
     tokenizer: tokenizer_lib.Tokenizer,
+    chat: chat_lib.Template | None,
+    split: str,
     labels: list[str] | None,
     origin: str | list[str] | None,
 ) -> example_cache.ExampleCache:
     """Returns the examples of a split.
 
     Args:
-      run_config, split, tokenizer: which, and how they are read.
+      run_config, tokenizer, chat, split: which, and how they are read.
       labels: names by number; None to find them in the training split.
       origin: what labels follow from.
     """
@@ -244,6 +251,7 @@ def _prepare_examples(
         tokenizer.fingerprint(),
         [name, examples.is_regression(run_config), data.input_fields, data.target_field],
         *([data.preprocessing, data.language] if data.preprocessing else []),
+        *([chat and chat.to_dict()] if name in config_lib.CHAT_OBJECTIVES else []),
     )
     path = _cache_dir(data) / "examples" / key
     if cache_folder.exists(path):
@@ -252,7 +260,7 @@ def _prepare_examples(
         if cache_folder.exists(path):
             return example_cache.ExampleCache.open(path)
         labels = examples.label_names(run_config) if labels is None else labels
-        made = examples.columns(run_config, tokenizer, labels, split)
+        made = examples.columns(run_config, tokenizer, labels, split, chat)
         is_hidden = None if distributed.is_main() else True
         with tqdm.tqdm(made, f"{data.source} {split}", unit=" examples", disable=is_hidden) as bar:
             return example_cache.write(
@@ -262,7 +270,7 @@ def _prepare_examples(
                 source=data.source,
                 split=split,
                 objective=name,
-                fields=[*examples.input_fields(data), data.target_field],
+                fields=examples.fields_of(run_config),
                 tokenizer=data.tokenizer,
                 tokenizer_fingerprint=tokenizer.fingerprint(),
                 eos_id=tokenizer.eos_id,

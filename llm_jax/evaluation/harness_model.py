@@ -10,11 +10,8 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import json
-import re
 from typing import Any
 
-import jinja2
-from jinja2 import sandbox
 from lm_eval import utils
 from lm_eval.api import instance
 from lm_eval.api import model as model_lib
@@ -23,6 +20,7 @@ import tqdm
 
 from llm_jax import checkpoint
 from llm_jax import errors
+from llm_jax.data import chat
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.evaluation import scoring
 from llm_jax.sampling import generate
@@ -33,7 +31,6 @@ _MAX_NEW_TOKENS = 256  # of a task that does not say, as the harness has it
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _GENERATION = ("until", "max_gen_toks", "do_sample", *_SAMPLING)
 _OPEN = "<|the message goes on here|> "  # marks the end of one that is left open
-_SETTINGS, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 
 class CheckpointLM(model_lib.TemplateLM):
@@ -46,7 +43,8 @@ class CheckpointLM(model_lib.TemplateLM):
     def __init__(
         self,
         loaded: load.Loaded,
-        settings: Mapping[str, Any] | None = None,
+        files: Mapping[str, Mapping[str, str]] | None = None,
+        template: chat.Template | None = None,
         *,
         name: str = "llm_jax",
         batch_size: int = 16,
@@ -56,7 +54,8 @@ class CheckpointLM(model_lib.TemplateLM):
 
         Args:
           loaded: from `load.load`.
-          settings: what a `tokenizer_config.json` says: `bos_token` and `chat_template` are read.
+          files: of a converted model, as its checkpoint keeps them: special tokens and templates are read.
+          template: of conversations, where files have none.
           name: of the checkpoint, for results.
           batch_size: rows that are read or written side by side.
           max_length: tokens that the model reads at most; None: as many as it has positions.
@@ -74,7 +73,7 @@ class CheckpointLM(model_lib.TemplateLM):
         self.batch_size = batch_size
         self.max_length = max_length or most
         self.backend = "seq2seq" if loaded.is_encoder_decoder else "causal"
-        self._settings = dict(settings or {})
+        self._files, self._template = dict(files or {}), template
         self._name = name
 
     # --- what the harness asks of a model ----------------------------------------------------------
@@ -89,7 +88,8 @@ class CheckpointLM(model_lib.TemplateLM):
         """The id before a text without context: bos, where the model's files name one, else eos."""
         if self._tokenizer.bos_id is not None:
             return self._tokenizer.bos_id
-        return self._tokenizer.special_tokens.get(self._named("bos_token"), self.eot_token_id)
+        name = chat.named_tokens(self._files).get("bos_token")
+        return self._tokenizer.special_tokens.get(name, self.eot_token_id)
 
     @property
     def max_gen_toks(self) -> int:
@@ -118,16 +118,13 @@ class CheckpointLM(model_lib.TemplateLM):
         """
         if chat_template is False or chat_template is None:
             return None
-        found = self._settings.get("chat_template")
-        if isinstance(found, list):  # of several, as older files have them
-            named = {entry["name"]: entry["template"] for entry in found}
-            found = named.get("default" if chat_template is True else chat_template)
-        if not isinstance(found, str):
+        found = self._chat(None if chat_template is True else chat_template)
+        if found is None:
             raise errors.UserError(
                 f"{self._name} has no chat template {'' if chat_template is True else chat_template!r}:"
                 " only models converted with one take conversations; evaluate without"
             )
-        return found
+        return found.source
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -139,15 +136,8 @@ class CheckpointLM(model_lib.TemplateLM):
         history = list(chat_history)
         if not add_generation_prompt:
             history[-1] = history[-1] | {"content": history[-1]["content"] + _OPEN}
-        text = (
-            _environment()
-            .from_string(self.chat_template(True))
-            .render(
-                messages=history,
-                add_generation_prompt=add_generation_prompt,
-                **{name: self._named(name) for name in ("bos_token", "eos_token")},
-            )
-        )
+        self.chat_template(True)  # raises where there is none
+        text = self._chat().render(history, is_answer_next=add_generation_prompt)
         if add_generation_prompt:
             return text
         before, _, after = text.rpartition(_OPEN.strip())
@@ -159,13 +149,7 @@ class CheckpointLM(model_lib.TemplateLM):
     ) -> list[int]:
         """Returns the ids of a text, with what every text begins or ends with unless told not to."""
         del kwargs
-        pieces = self._special.split(string) if self._special else [string]
-        ids: list[int] = []
-        for number, piece in enumerate(pieces):
-            if number % 2:  # what the pattern has found
-                ids.append(self._tokenizer.special_tokens[piece])
-            elif piece:
-                ids.extend(self._tokenizer.encode(piece).tolist())
+        ids = chat.encode(self._tokenizer, string)
         if max(ids, default=0) >= self.loaded.model.config.vocab_size:
             raise errors.UserError(
                 f"text {string[:40]!r} has token {max(ids)}, of which the model's vocabulary of"
@@ -272,15 +256,9 @@ class CheckpointLM(model_lib.TemplateLM):
     def _tokenizer(self) -> tokenizer_lib.Tokenizer:
         return self.loaded.tokenizer
 
-    @functools.cached_property
-    def _special(self) -> re.Pattern[str] | None:
-        names = sorted(filter(None, self._tokenizer.special_tokens), key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
-
-    def _named(self, name: str) -> str | None:
-        """Returns a special token's text by the name that settings have for it."""
-        found = self._settings.get(name)
-        return found["content"] if isinstance(found, dict) else found
+    def _chat(self, name: str | None = None) -> chat.Template | None:
+        found = chat.of_files(self._files, name)
+        return self._template if found is None and name is None else found
 
     def _loglikelihood_tokens(
         self,
@@ -386,25 +364,7 @@ def of_workdir(
       errors.UserError: as `load.load`.
     """
     loaded = load.load(workdir, step)
-    source = checkpoint.read_latest(workdir, loaded.step, lambda _, meta: meta.source)
-    files = (source or {}).get("files", {})
-    settings = json.loads(files[_SETTINGS]["text"]) if _SETTINGS in files else {}
-    if _TEMPLATE in files:
-        settings["chat_template"] = files[_TEMPLATE]["text"]
+    meta = checkpoint.read_latest(workdir, loaded.step, lambda _, meta: meta)
+    files = (meta.source or {}).get("files", {})
     how = {"batch_size": batch_size, "max_length": max_length}
-    return CheckpointLM(loaded, settings, name=workdir, **how)
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    """Returns Jinja as `transformers` sets it up for templates of conversations."""
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> None:
-        raise errors.UserError(f"the chat template refuses the conversation: {message}")
-
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    return environment
+    return CheckpointLM(loaded, files, chat.of_checkpoint(meta), name=workdir, **how)

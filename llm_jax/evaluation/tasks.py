@@ -4,6 +4,8 @@ classification   labels of sequences and of words, or numbers
 spans            answers in a context
 generation       texts for texts (seq2seq), by greedy or beam search
 perplexity       a text's tokens, each with as much before it as a window has (--stride)
+chat             the last answer of conversations, by greedy search
+preferences      which of two answers has gained more since the start
 
 WORKDIR/evaluation/STEP/TASK.json          scores with 95% intervals, how they were counted, of what
 WORKDIR/evaluation/STEP/TASK.jsonl         what was given, wanted and said, an example a line
@@ -27,6 +29,7 @@ from llm_jax import checkpoint
 from llm_jax import config as config_lib
 from llm_jax import distributed
 from llm_jax import errors
+from llm_jax.data import chat
 from llm_jax.data import examples as examples_lib
 from llm_jax.data import prepare
 from llm_jax.data import sources
@@ -36,6 +39,8 @@ from llm_jax.evaluation import bootstrap
 from llm_jax.evaluation import metrics
 from llm_jax.evaluation import predict
 from llm_jax.models import build
+
+_GENERATING = ("generation", "chat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,7 @@ def run(name: str, given: Checkpoint, options: Options) -> dict[str, Any]:
     check(name, given.config)
     started = time.monotonic()
     # What generates has a mesh of its own.
-    with contextlib.nullcontext() if name == "generation" else jax.set_mesh(given.mesh):
+    with contextlib.nullcontext() if name in _GENERATING else jax.set_mesh(given.mesh):
         result = _TASKS[name].run(given, options)
     found = {
         "task": name,
@@ -177,7 +182,7 @@ def _draw(path: epath.Path, confusion: list[list[int]], labels: Sequence[str]) -
 def _records(given: Checkpoint) -> list[dict[str, Any]]:
     """Returns the examples of the split, in its order."""
     data = given.config.data
-    fields = [*examples_lib.input_fields(data), data.target_field]
+    fields = examples_lib.fields_of(given.config)
     return [record for _, record in sources.records(data, data.eval_split, fields)]
 
 
@@ -241,10 +246,10 @@ def _answers(answer: dict[str, Any] | None) -> list[str]:
 
 
 def _generation(given: Checkpoint, options: Options) -> Result:
+    from llm_jax.evaluation import dialogue
     from llm_jax.sampling import beams
     from llm_jax.sampling import generate
     from llm_jax.sampling import load
-    from llm_jax.sampling import samplers
 
     if (
         given.config.objective.is_input_bidirectional
@@ -264,19 +269,13 @@ def _generation(given: Checkpoint, options: Options) -> Result:
         )
         for record in records
     ]
-    # Prompts of a length are written together: a batch is as long as its longest.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-    completions = generate.generate(
+    said = dialogue.greedy(
         loaded,
-        [prompts[index] for index in order],
-        samplers.SamplingParams(temperature=0.0),
-        max_tokens=options.max_tokens,
+        prompts,
+        options.max_tokens,
         batch_size=max(16, options.num_beams),
         beams=beams.BeamParams(num_beams=options.num_beams),
     )
-    said = [""] * len(prompts)
-    for index, completion in zip(order, completions, strict=True):
-        said[index] = completion.completion.strip()
     rows = [
         _inputs(given, record) | {"target": record[data.target_field], "prediction": text}
         for record, text in zip(records, said, strict=True)
@@ -346,6 +345,32 @@ def _perplexity(given: Checkpoint, options: Options) -> Result:
     return Result(metrics.Scores(estimates, settings), rows)
 
 
+def _chat(given: Checkpoint, options: Options) -> Result:
+    from llm_jax.evaluation import dialogue
+    from llm_jax.sampling import load
+
+    (field,) = examples_lib.input_fields(given.config.data)
+    conversations = [record[field] for record in _records(given)]
+    loaded = load.load(given.workdir, given.meta.step)
+    template = chat.of_checkpoint(given.meta)
+    if template is None:
+        raise errors.UserError(f"--tasks: {given.workdir} has no chat template")
+    max_tokens = _max_tokens(given.config, options)
+    scores, rows = dialogue.answers(loaded, template, conversations, max_tokens)
+    how = {"max_tokens": max_tokens}
+    return Result(dataclasses.replace(scores, settings=scores.settings | how), rows)
+
+
+def _preferences(given: Checkpoint, options: Options) -> Result:
+    from llm_jax import preferences
+    from llm_jax.evaluation import dialogue
+
+    del options
+    reference = preferences.Reference(given.config, given.mesh)
+    records, batches = _records(given), _batches(given)
+    return Result(*dialogue.preferred(given.config, given.model, batches, reference, records))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Task:
     run: Callable[[Checkpoint, Options], Result]
@@ -357,4 +382,6 @@ _TASKS = {
     "spans": _Task(_spans, ("span",)),
     "generation": _Task(_generation, ("seq2seq",)),
     "perplexity": _Task(_perplexity, ("causal",)),
+    "chat": _Task(_chat, ("chat",)),
+    "preferences": _Task(_preferences, ("preference",)),
 }

@@ -39,11 +39,13 @@ class Prompt:
       seed: of what is drawn for it.
       ids: what the model reads instead, special tokens included; the text names it alone. What it writes is
         then decoded by itself, without special tokens.
+      ends: tokens that end what is written, as eos does.
     """
 
     text: str
     seed: int = 0
     ids: tuple[int, ...] | None = None
+    ends: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class _Row:
         if self.finish_reason is not None:
             return
         self._num_tokens += 1
-        if token == self._eos_id:
+        if token == self._eos_id or token in self.prompt.ends:
             self.finish("eos")
             return
         if self._is_silent_V is not None and self._is_silent_V[token]:

@@ -7,6 +7,7 @@ from absl import flags
 
 from experiments.tasks.data import debian
 from experiments.tasks.data import definitions
+from experiments.tasks.data import dialogue
 from experiments.tasks.data import newsgroups
 from experiments.tasks.data import python_code
 from experiments.tasks.data import relations
@@ -24,6 +25,8 @@ DATA_SETS = {
     "definitions": definitions.definitions,
     "spans": definitions.spans,
     "relations": relations.load,
+    "conversations": dialogue.conversations,
+    "preferences": dialogue.preferences,
     "python_code": python_code.code,
     "python_fill": python_code.fill,
 }

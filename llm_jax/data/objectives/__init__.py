@@ -8,6 +8,7 @@ randomness follows from (`draws`). So a batch is a function of (seed, step), wha
 
     causal, prefix, mlm, span_corruption, ul2     of text
     seq2seq, pairs, sequence, token_labels, span  of examples
+    chat, preference                              of conversations
     draws, rows, spans, examples, plan            what they share
 """
 
@@ -18,8 +19,10 @@ from llm_jax.data import example_cache
 from llm_jax.data import token_cache
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.objectives import causal
+from llm_jax.data.objectives import chat
 from llm_jax.data.objectives import mlm
 from llm_jax.data.objectives import pairs
+from llm_jax.data.objectives import preference
 from llm_jax.data.objectives import prefix
 from llm_jax.data.objectives import seq2seq
 from llm_jax.data.objectives import sequence
@@ -43,6 +46,8 @@ _STAGES: dict[str, Callable[..., Stage]] = {
     "ul2": ul2.MixtureOfDenoisers,
     "seq2seq": seq2seq.Seq2Seq,
     "contrastive": pairs.Pairs,
+    "chat": chat.Chat,
+    "preference": preference.Preference,
     "sequence": sequence.Sequence,
     "token": token_labels.TokenLabels,
     "span": span.Span,
