@@ -34,7 +34,6 @@ from llm_jax import train_step
 from llm_jax import trees
 from llm_jax import tuning
 from llm_jax.data import batch as batch_lib
-from llm_jax.data import objectives
 from llm_jax.data import pipeline
 from llm_jax.data import placement
 from llm_jax.data import prepare
@@ -121,7 +120,7 @@ class Run:
     ):
         rules = sharding.axis_rules(config.mesh)
         self._config, self._workdir = config, workdir
-        self._stage = objectives.make(config, prepared.train, prepared.tokenizer)
+        self._stage = prepare.training_stage(config, prepared)
         self._batch_sharding = jax.sharding.NamedSharding(mesh, rules.act("BT"))
         self._is_main = distributed.is_main()
         self._is_profiling = False

@@ -122,27 +122,31 @@ class Runner:
     def _row(self, said: str) -> dict[str, Any]:
         found = json.loads(said)
         done = self._stages()
-        kept = {key: found[key] for key in found if key in self._task.scores}
         return {
             "title": self._task.title,
             "commands": list(stages_of(self._name, self._task).values()),
             "seconds": {stage: done[stage]["seconds"] for stage in self._task.commands},
             "examples": found.get("examples", found.get("queries")),
-            "scores": kept | {k: v for k, v in found.get("scores", {}).items() if k not in kept},
-            "outputs": self._outputs(),
+            "scores": found["scores"],
+            "baselines": [self._baseline(*one) for one in self._task.baselines],
+            "outputs": self._outputs() if self._task.outputs else [],
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, jax {jax.__version__}",
             "date": datetime.date.today().isoformat(),
         }
 
+    def _baseline(self, label: str, place: str, key: str) -> dict[str, Any]:
+        """Returns what scores stand beside: of a file of results, or of a stage that ran before."""
+        kind, _, stage = place.partition(" ")
+        if kind == "stage":
+            scores = json.loads(self._stages()[stage]["said"])["scores"]
+        else:
+            scores = json.loads((RESULTS / f"{place}.json").read_text())["scores"]
+        return {"label": label, "key": key, "score": scores[key]}
+
     def _outputs(self) -> list[dict[str, str]]:
         """Returns what was said of three examples, a quarter, a half and three quarters into the test split."""
         shown = self._task.outputs
-        folder = self._runs / self._name / "evaluation"
-        files = sorted(folder.glob(f"*/{shown.file}"), key=lambda path: path.stat().st_mtime)
-        if not files:
-            raise errors.UserError(f"{self._name}: nothing wrote {folder}/STEP/{shown.file}")
-        # Not by `splitlines`, which ends lines at marks that JSON leaves as they are.
-        rows = [json.loads(line) for line in files[-1].read_text().split("\n") if line]
+        rows = rows_of(self._runs / self._name, shown.file)
         picked = [len(rows) * quarter // 4 for quarter in (1, 2, 3)]
         return [
             {
@@ -152,6 +156,19 @@ class Runner:
             }
             for i in picked
         ]
+
+
+def rows_of(workdir: pathlib.Path, name: str) -> list[dict[str, Any]]:
+    """Returns what an evaluation of a run kept of each example, the newest of that name.
+
+    Raises:
+      errors.UserError: there is none.
+    """
+    files = sorted(workdir.glob(f"evaluation/*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise errors.UserError(f"nothing wrote {workdir}/evaluation/STEP/{name}")
+    # Not by `splitlines`, which ends lines at marks that JSON leaves as they are.
+    return [json.loads(line) for line in files[-1].read_text().split("\n") if line]
 
 
 def _cut(value: Any) -> str:

@@ -36,8 +36,8 @@ class Task:
       models: trained models to start from, as `experiments.tasks.models` names them.
       commands: modules and their flags, by the names of stages, in order.
       scores: keys of the scores that the row shows, of those the last command prints.
-      baselines: what the scores stand beside: a label, and a file of `results` and its key.
-      outputs: what is shown of what was said.
+      baselines: what the scores stand beside: a label, a file of `results` or `stage NAME`, and the score's key.
+      outputs: what is shown of what was said; None where nothing is written.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Task:
     commands: Mapping[str, str]
     scores: tuple[str, ...]
     baselines: tuple[tuple[str, str, str], ...]
-    outputs: Outputs
+    outputs: Outputs | None
 
 
 def _train(name: str, config: str, argument: str = "") -> str:
@@ -58,6 +58,17 @@ def _evaluate(name: str, task: str, data: str, more: str = "") -> str:
     source = f"'jsonl:{_DATA}/{data}/test.jsonl'"
     more = f" {more}" * bool(more)
     return f"llm_jax.evaluate --workdir=runs/{name} --tasks={task}{more} --source={source}"
+
+
+def _perplexity(name: str, config: str) -> str:
+    source = f"'jsonl:{_DATA}/python_code/test.jsonl:text'"
+    like = f"--config={_CONFIGS}/{config}.py:runs/smollm2"
+    return f"llm_jax.evaluate --workdir=runs/{name} --tasks=perplexity {like} --source={source}"
+
+
+def _chat(name: str) -> str:
+    like = f"--config={_CONFIGS}/chat.py:runs/smollm2"
+    return _evaluate(name, "chat", "conversations", f"--max_tokens=24 {like}")
 
 
 TASKS: dict[str, Task] = {
@@ -163,6 +174,57 @@ TASKS: dict[str, Task] = {
             ("a rule that looks X up", "spans-baseline", "rule/exact_match"),
         ),
         Outputs("spans-test.jsonl", "question"),
+    ),
+    "code": Task(
+        "Files of Python, by SmolLM2 with low-rank updates",
+        ("python_code",),
+        ("smollm2",),
+        {
+            "before": _perplexity("smollm2", "code"),
+            "train": _train("code", "code", "runs/smollm2"),
+            "evaluate": _perplexity("code", "code"),
+        },
+        ("perplexity", "bits_per_byte"),
+        (("SmolLM2 as it is", "stage before", "perplexity"),),
+        None,
+    ),
+    "fill": Task(
+        "Lines missing in the middle of Python, by SmolLM2 with low-rank updates",
+        ("python_fill",),
+        ("smollm2",),
+        {
+            "train": _train("fill", "fill", "runs/smollm2"),
+            "write": _evaluate("fill", "generation", "python_fill", "--max_tokens=96"),
+            "evaluate": "experiments.tasks.syntax --workdir=runs/fill",
+        },
+        ("syntax", "exact_match", "chrf"),
+        (("nothing written", "stage evaluate", "syntax_of_nothing"),),
+        Outputs("generation-test.jsonl", "before", "target"),
+    ),
+    "chat": Task(
+        "Conversations of two questions, the second on the first, by SmolLM2 with low-rank updates",
+        ("conversations",),
+        ("smollm2",),
+        {
+            "before": _chat("smollm2"),
+            "train": _train("chat", "chat", "runs/smollm2"),
+            "evaluate": _chat("chat"),
+        },
+        ("exact_match", "token_f1"),
+        (("SmolLM2 as it is", "stage before", "exact_match"),),
+        Outputs("chat-test.jsonl", "messages"),
+    ),
+    "preferences": Task(
+        "A line rather than a sentence: preferences, by SmolLM2 with low-rank updates",
+        ("preferences",),
+        ("smollm2",),
+        {
+            "train": _train("preferences", "preferences", "runs/smollm2"),
+            "evaluate": _evaluate("preferences", "preferences", "preferences"),
+        },
+        ("accuracy", "likelier"),
+        (("likelier by SmolLM2 as it is", "stage evaluate", "likelier_before"),),
+        Outputs("preferences-test.jsonl", "chosen", "rejected", "margin"),
     ),
     "search": Task(
         "Packages by what they are for, by MiniLM",

@@ -21,6 +21,7 @@ def check(config: schema.RunConfig) -> None:
     packing = "concat" if config.objective.name in schema.TEXT_OBJECTIVES else "none"
     mesh, moe = config.mesh, config.model.moe
     wanted = {
+        "data.mixture": (config.data.mixture, ("",), "rows are drawn from one source"),
         "data.packing": (config.data.packing, (packing,), "a row is what is protected"),
         "objective.name": (
             config.objective.name,

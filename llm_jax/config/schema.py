@@ -258,6 +258,8 @@ class DataConfig:
     tokenizer: str = "bytes"  # | bpe:PATH | train_bpe:SIZE | sentencepiece:PATH | workdir:PATH
     batch_size: int = 8  # sequences in one optimiser step, over all devices
     sequence_length: int = 256  # tokens
+    # Other sources that rows are of, and their shares: "0.25=jsonl:GLOB:field;0.1=tfds:NAME".
+    mixture: str = ""
     packing: str = "packed"  # concat: documents see each other; none: one example a row
     train_split: str = "train"
     eval_split: str = "validation"

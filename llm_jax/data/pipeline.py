@@ -2,8 +2,8 @@
 
 Row r of step s is the global row g = s * batch_size + r. It holds item g mod W of epoch g div W, out
 of W items (windows of text, or rows of examples), through a permutation that follows from the seed and
-the epoch alone; and what is drawn for it follows from the seed and g. So any step can be made without
-the steps before it: a run that resumes, or runs on another number of hosts, sees the very same global
+the epoch alone; and what is drawn for it follows from the seed and g. Of a mixture each source has the rows
+of its share, and its own g, which counts them. So any step can be made without the steps before it: a run that resumes, or runs on another number of hosts, sees the very same global
 batches.
 """
 
@@ -18,6 +18,7 @@ from llm_jax import config as config_lib
 from llm_jax import errors
 from llm_jax.data import batch as batch_lib
 from llm_jax.data import host_tensorflow
+from llm_jax.data import mixture
 from llm_jax.data import objectives
 
 tf = host_tensorflow.load()
@@ -58,9 +59,9 @@ def train_batches(
 
     def items_of(step: Any) -> Any:
         global_rows = step * data_config.batch_size + tf.constant(rows)
-        epochs = global_rows // count
-        seeds = tf.stack([tf.fill(tf.shape(epochs), tf.constant(seed, tf.int64)), epochs], axis=1)
-        return _shuffled(global_rows % count, seeds, count), global_rows
+        if isinstance(stage, mixture.Mixture):
+            return _mixed(global_rows, seed, stage.parts), global_rows
+        return _shuffled(global_rows, seed, count), global_rows
 
     steps = tf.data.Dataset.range(start_step, end_step)
     return _batches(stage, objectives.Draws(seed), data_config, steps, items_of)
@@ -103,24 +104,43 @@ def num_eval_steps(
     return min(whole, num_steps) if num_steps else whole
 
 
-def _shuffled(indices: Any, seeds: Any, count: int) -> Any:
-    """Returns the place of each index in a permutation of range(count), one for each seed.
+def _shuffled(numbers: Any, seed: int, count: int, source: int = 0) -> Any:
+    """Returns which of `count` items each row holds: an epoch's are a permutation of all.
 
     This is `tf.random.experimental.index_shuffle`, whose Python wrapper fails on a matrix of
     seeds in TensorFlow 2.21: it appends the third word of the seed along the wrong axis.
 
     Args:
-      indices: int64 [B], in [0, count).
-      seeds: int64 [B, 2].
-      count: size of the permutation.
+      numbers: int64 [B], of rows, counted over all epochs.
+      seed: of the run.
+      count: items.
+      source: which of a mixture, so that two of one size are not in one order.
     """
-    third_word = tf.zeros_like(seeds[:, :1])
+    epochs = numbers // count
+    words = [tf.fill(tf.shape(epochs), tf.constant(word, tf.int64)) for word in (seed, source)]
     return tf.raw_ops.RandomIndexShuffle(
-        index=indices,
-        seed=tf.concat([seeds, third_word], axis=1),
-        max_index=tf.fill(tf.shape(indices), tf.constant(count - 1, tf.int64)),
+        index=numbers % count,
+        seed=tf.stack([words[0], epochs, words[1]], axis=1),
+        max_index=tf.fill(tf.shape(epochs), tf.constant(count - 1, tf.int64)),
         rounds=_SHUFFLE_ROUNDS,
     )
+
+
+def _mixed(numbers: Any, seed: int, parts: Sequence[mixture.Part]) -> Any:
+    """Returns the items of a mixture's rows, int64 [B], counted over all its sources.
+
+    Of the rows that the sources before have left, source k takes row n where n * share passes a whole
+    number; so its count never strays from its share by a row.
+    """
+    items, left, start = tf.zeros_like(numbers), mixture.UNIT, 0
+    is_open = tf.ones_like(numbers, tf.bool)
+    for source, part in enumerate(parts):
+        taken, after = numbers * part.share // left, (numbers + 1) * part.share // left
+        is_own = is_open & (after > taken)
+        items = tf.where(is_own, start + _shuffled(taken, seed, part.num_items, source), items)
+        is_open = is_open & ~is_own
+        numbers, left, start = numbers - taken, left - part.share, start + part.num_items
+    return items
 
 
 def _batches(

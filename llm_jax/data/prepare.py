@@ -32,6 +32,7 @@ from llm_jax.data import chat as chat_lib
 from llm_jax.data import example_cache
 from llm_jax.data import examples
 from llm_jax.data import file_lock
+from llm_jax.data import mixture
 from llm_jax.data import objectives
 from llm_jax.data import sources
 from llm_jax.data import token_cache
@@ -56,6 +57,7 @@ class Prepared:
     eval: Cache
     tokenizer: tokenizer_lib.Tokenizer
     chat: chat_lib.Template | None = None  # how the model is spoken to
+    mixed: tuple[Cache, ...] = ()  # of `data.mixture`, in its order
 
     @property
     def labels(self) -> list[str] | None:
@@ -95,6 +97,7 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
         train, evaluation = (
             _prepare_split(data, split, base) for split in (data.train_split, data.eval_split)
         )
+        mixed = [_prepare_split(own, own.train_split, base) for own in mixture.sources_of(data)]
     else:
         # Labels follow from the training split.
         origin = sources.identity(data, data.train_split)
@@ -103,7 +106,11 @@ def prepare(run_config: config_lib.RunConfig) -> Prepared:
         labels = train.manifest.labels
         evaluation = _prepare_examples(*own, data.eval_split, labels, origin)
         _check_num_labels(run_config, train)
-    return Prepared(train, evaluation, tokenizer, chat)
+        mixed = []
+        for source in mixture.sources_of(data):
+            other = dataclasses.replace(run_config, data=source)
+            mixed.append(_prepare_examples(other, base, chat, data.train_split, labels, labels))
+    return Prepared(train, evaluation, tokenizer, chat, tuple(mixed))
 
 
 def prepare_split(
@@ -134,6 +141,15 @@ def _added(base: tokenizer_lib.Tokenizer, tokenizer: tokenizer_lib.Tokenizer) ->
     return f" with the {count} that its objective adds" if count else ""
 
 
+def training_stage(run_config: config_lib.RunConfig, prepared: Prepared) -> objectives.Stage:
+    """Returns what makes a run's training batches: the objective on its data, or on its mixture of data."""
+    stages = [
+        objectives.make(run_config, cache, prepared.tokenizer)
+        for cache in (prepared.train, *prepared.mixed)
+    ]
+    return mixture.Mixture(stages, run_config.data.mixture) if len(stages) > 1 else stages[0]
+
+
 def check_same(prepared: Prepared) -> None:
     """Checks that all processes of a run have prepared the same; each of them must call it.
 
@@ -142,7 +158,8 @@ def check_same(prepared: Prepared) -> None:
     Raises:
       errors.UserError: they have not; names the process and its cache.
     """
-    manifests = (prepared.train.manifest, prepared.eval.manifest)
+    caches = (prepared.train, prepared.eval, *prepared.mixed)
+    manifests = [cache.manifest for cache in caches]
     distributed.check_same(
         "the data",
         [json.dumps(manifest.sha256, sort_keys=True) for manifest in manifests]

@@ -46,7 +46,7 @@ def answers(
         ids = tuple(chat.encode(loaded.tokenizer, text))
         prompts.append(generate.Prompt(text, ids=ids, ends=ends))
         wanted.append(messages[-1]["content"].strip())
-    said = greedy(loaded, prompts, max_tokens)
+    said = [text.strip() for text in greedy(loaded, prompts, max_tokens)]
     rows = [
         {"messages": list(messages[:-1]), "target": target, "prediction": text}
         for messages, target, text in zip(conversations, wanted, said, strict=True)
@@ -69,7 +69,7 @@ def greedy(
     )
     said = [""] * len(prompts)
     for index, completion in zip(order, completions, strict=True):
-        said[index] = completion.completion.strip()
+        said[index] = completion.completion
     return said
 
 

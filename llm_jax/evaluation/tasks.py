@@ -280,7 +280,8 @@ def _generation(given: Checkpoint, options: Options) -> Result:
         _inputs(given, record) | {"target": record[data.target_field], "prediction": text}
         for record, text in zip(records, said, strict=True)
     ]
-    scores = metrics.texts(said, [row["target"] for row in rows])
+    # Rows keep the space around texts, which code needs; scores are of what is between.
+    scores = metrics.texts(*([row[of].strip() for row in rows] for of in ("prediction", "target")))
     how = {"num_beams": options.num_beams, "max_tokens": options.max_tokens}
     return Result(dataclasses.replace(scores, settings=scores.settings | how), rows)
 

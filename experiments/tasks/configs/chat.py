@@ -8,7 +8,7 @@
     python -m llm_jax.sampling.chat --workdir=runs/chat --temperature=0
 
 What the model did before: `--workdir=runs/smollm2` with this config, to `llm_jax.evaluate`.
-Slice: cpu. Data: 24,000 conversations of four messages, of which a sixth is read.
+Slice: cpu. Data: 24,000 conversations of four messages, of which a tenth is read.
 Expected: see `experiments/tasks/README.md`.
 """
 
@@ -26,6 +26,6 @@ def get_config(arg: str = "runs/smollm2"):
     config.data.eval_source = f"jsonl:{FOLDER}/validation.jsonl"
     config.optim.update(learning_rate=5e-4, schedule="linear", warmup_steps=20, weight_decay=0.0)
     config.optim.final_lr_fraction = 0.0
-    config.train.update(num_steps=400, eval_every=200, eval_steps=40)
-    config.checkpoint.every = 200
+    config.train.update(num_steps=200, eval_every=100, eval_steps=40)
+    config.checkpoint.every = 100
     return config

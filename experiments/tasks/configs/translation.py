@@ -33,9 +33,9 @@ def get_config(arg: str = ""):
     config.data.update(source=f"jsonl:{folder}/train.jsonl", input_fields="source")
     config.data.update(target_field="target", tokenizer="train_bpe:8000")
     config.data.eval_source = f"jsonl:{folder}/validation.jsonl"
-    config.data.update(batch_size=32, sequence_length=128 if is_pair else 256)
-    config.optim.update(learning_rate=2e-3, warmup_steps=150, weight_decay=0.05, b2=0.98)
+    config.data.update(batch_size=16, sequence_length=128 if is_pair else 256)
+    config.optim.update(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, b2=0.98)
     config.optim.final_lr_fraction = 0.02
-    config.train.update(num_steps=1500, eval_every=500)
-    config.checkpoint.every = 500
+    config.train.update(num_steps=1200, eval_every=400)
+    config.checkpoint.every = 400
     return config

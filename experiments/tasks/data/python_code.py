@@ -4,7 +4,7 @@ Source: the library of the Python that runs (PSF licence). Split by the top-leve
 that are data stay out.
 
     python_code   text: a file
-    python_fill   before, after, middle: a file cut at line ends around some lines of a function
+    python_fill   before, after, middle: a file cut at line ends around some lines; path, start, end: of the lines
 """
 
 import pathlib
@@ -35,11 +35,12 @@ def files_of(folder: pathlib.Path) -> list[splits.Example]:
         is_kept = not any(part in _LEFT_OUT for part in parts) and path.stat().st_size <= _LONGEST
         text = path.read_text(encoding="utf-8", errors="ignore") if is_kept else ""
         if text.strip():
-            found.append({"text": text, "module": parts[0].removesuffix(".py")})
+            module = parts[0].removesuffix(".py")
+            found.append({"text": text, "module": module, "path": str(path.relative_to(folder))})
     return found
 
 
-def holes_of(files: list[splits.Example], seed: str, most: int = 1200) -> list[splits.Example]:
+def holes_of(files: list[splits.Example], seed: str, most: int = 600) -> list[splits.Example]:
     """Returns files with some lines in the middle cut out (Bavarian et al. 2022, section 3).
 
     Args:
@@ -59,9 +60,8 @@ def holes_of(files: list[splits.Example], seed: str, most: int = 1200) -> list[s
             if not middle.strip():
                 continue
             before, after = "".join(lines[:start])[-most:], "".join(lines[end:])[:most]
-            found.append(
-                {"before": before, "after": after, "middle": middle, "module": file["module"]}
-            )
+            hole = {"before": before, "after": after, "middle": middle, "module": file["module"]}
+            found.append(hole | {"path": file["path"], "start": start, "end": end})
     return found
 
 
