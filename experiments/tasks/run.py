@@ -76,6 +76,7 @@ class Runner:
             return done.get(stage, {}).get("said", "")
         print(f"{self._name}: {stage}: python -m {line}", flush=True)
         started = time.monotonic()
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, "-m", *self._argv(line)],
             stdout=subprocess.PIPE,
@@ -90,7 +91,6 @@ class Runner:
         own = done.setdefault(stage, {"seconds": 0.0})
         own["seconds"] = round(own["seconds"] + time.monotonic() - started, 1)
         own |= {"command": line, "is_done": code == 0, "said": last[0] if last else ""}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         partial = self._file.with_suffix(".tmp")
         partial.write_text(json.dumps(done, indent=1) + "\n")
         partial.replace(self._file)
@@ -146,7 +146,7 @@ class Runner:
     def _outputs(self) -> list[dict[str, str]]:
         """Returns what was said of three examples, a quarter, a half and three quarters into the test split."""
         shown = self._task.outputs
-        rows = rows_of(self._runs / self._name, shown.file)
+        rows = rows_of(self._runs / (shown.run or self._name), shown.file)
         picked = [len(rows) * quarter // 4 for quarter in (1, 2, 3)]
         return [
             {

@@ -24,6 +24,7 @@ class Outputs:
     given: str | None
     wanted: str = "target"
     said: str = "prediction"
+    run: str = ""  # whose workdir, where it is not the task's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +226,27 @@ TASKS: dict[str, Task] = {
         ("accuracy", "likelier"),
         (("likelier by SmolLM2 as it is", "stage evaluate", "likelier_before"),),
         Outputs("preferences-test.jsonl", "chosen", "rejected", "margin"),
+    ),
+    "graph": Task(
+        "Entities and relations to a graph, by two MiniLMs",
+        ("relations", "relation_pairs"),
+        ("minilm",),
+        {
+            "train entities": _train("entities", "entities", "runs/minilm"),
+            "train relations": _train("relations", "relations", "runs/minilm"),
+            "evaluate entities": _evaluate("entities", "classification", "relations"),
+            "evaluate relations": _evaluate("relations", "classification", "relation_pairs"),
+            "evaluate": (
+                "experiments.tasks.graph --entities=runs/entities --relations=runs/relations"
+                f" --data={_DATA}/relations/test.jsonl --output=runs/graph/graph.jsonld"
+            ),
+        },
+        ("triples/f1", "triples/precision", "triples/recall", "entities/f1"),
+        (
+            ("relations by the model", "stage evaluate relations", "accuracy"),
+            ("the most frequent relation", "relations-baseline", "accuracy"),
+        ),
+        Outputs("classification-test.jsonl", "text", run="relations"),
     ),
     "search": Task(
         "Packages by what they are for, by MiniLM",

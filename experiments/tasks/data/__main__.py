@@ -8,6 +8,7 @@ from absl import flags
 from experiments.tasks.data import debian
 from experiments.tasks.data import definitions
 from experiments.tasks.data import dialogue
+from experiments.tasks.data import marked
 from experiments.tasks.data import newsgroups
 from experiments.tasks.data import python_code
 from experiments.tasks.data import relations
@@ -25,6 +26,7 @@ DATA_SETS = {
     "definitions": definitions.definitions,
     "spans": definitions.spans,
     "relations": relations.load,
+    "relation_pairs": marked.pairs,
     "conversations": dialogue.conversations,
     "preferences": dialogue.preferences,
     "python_code": python_code.code,

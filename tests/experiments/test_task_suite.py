@@ -1,0 +1,180 @@
+"""Graphs, holes and rows of tasks: what is scored is what was said."""
+
+import ast
+import json
+import pathlib
+import sysconfig
+
+import pytest
+
+from experiments.tasks import graph
+from experiments.tasks import report
+from experiments.tasks import run
+from experiments.tasks import suite
+from experiments.tasks import syntax
+from experiments.tasks.data import dialogue
+from experiments.tasks.data import marked
+from experiments.tasks.data import python_code
+from llm_jax import errors
+
+# --- graphs ----------------------------------------------------------------------------------------
+
+WORDS = ["a", "red", "moth", "is", "an", "insect"]
+
+
+def test_tags_are_entities():
+    labels = ["O", "B-noun", "I-noun", "O", "B-verb", "B-verb"]
+    assert graph.entities_of(labels) == {(1, 3): "noun", (4, 5): "verb", (5, 6): "verb"}
+    # What goes on without a beginning, or under another name, begins there.
+    assert graph.entities_of(["I-noun", "I-verb", "O"]) == {(0, 1): "noun", (1, 2): "verb"}
+
+
+@pytest.mark.parametrize("head", [(1, 3), (5, 6)])
+@pytest.mark.parametrize("name", ["kind_of", "none", "opposite_of"])
+def test_labels_of_marked_pairs_are_triples(head, name):
+    tail = {(1, 3): (5, 6), (5, 6): (1, 3)}[head]
+    first, second, label = marked.label(head, name, tail)
+    assert marked.text(WORDS, first, second) == "a @ red moth @ is an # insect #"
+    back = marked.triple(first, label, second)
+    is_symmetric = name in ("none", "opposite_of")
+    assert back == ((first, name, second) if is_symmetric else (head, name, tail))
+
+
+def test_neighbours_are_marked_apart():
+    assert marked.text(["x", "y"], (0, 1), (1, 2)) == "@ x @ # y #"
+
+
+def _sentence(entities, triples):
+    return graph.Sentence(tuple(WORDS), entities, triples)
+
+
+def test_scores_count_whole_triples():
+    row = {
+        "words": WORDS,
+        "labels": ["O", "B-noun", "I-noun", "O", "O", "B-noun"],
+        "relations": [[[1, 3], "kind_of", [5, 6]]],
+    }
+    both = {(1, 3): "noun", (5, 6): "noun"}
+    right = _sentence(both, (((1, 3), "kind_of", (5, 6)),))
+    reversed_ = _sentence(both, (((5, 6), "kind_of", (1, 3)),))
+    short = _sentence({(2, 3): "noun", (5, 6): "noun"}, (((2, 3), "kind_of", (5, 6)),))
+    values = {
+        name: {key: one["value"] for key, one in graph.score([found], [row]).items()}
+        for name, found in (("right", right), ("reversed", reversed_), ("short", short))
+    }
+    assert set(values["right"].values()) == {1.0}
+    assert values["reversed"]["triples/f1"] == 0.0 and values["reversed"]["entities/f1"] == 1.0
+    assert values["short"]["triples/precision"] == 0.0 and values["short"]["entities/f1"] == 0.5
+    # Of two right entities that nobody has judged nothing is known.
+    unjudged = row | {"relations": []}
+    assert graph.score([right], [unjudged])["triples/precision"]["value"] == 0.0
+    both_rows = graph.score([right, right], [row, unjudged])
+    assert both_rows["triples/precision"]["value"] == 1.0
+
+
+def test_a_graph_has_a_node_for_each_text():
+    both = {(1, 3): "noun", (5, 6): "noun"}
+    sentence = _sentence(both, (((1, 3), "kind_of", (5, 6)),))
+    made = json.loads(json.dumps(graph.to_json_ld([sentence, sentence])))
+    nodes = {node["label"]: node for node in made["@graph"]}
+    assert set(nodes) == {"red moth", "insect"}
+    assert nodes["red moth"]["kind_of"] == [{"@id": nodes["insect"]["@id"]}]
+    assert made["@context"]["label"].endswith("#label")
+
+
+# --- holes -----------------------------------------------------------------------------------------
+
+
+def test_holes_are_put_back_where_they_were_cut():
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    text = (library / "textwrap.py").read_text()
+    files = [{"text": text, "module": "textwrap", "path": "textwrap.py"}]
+    holes = python_code.holes_of(files, "seed")
+    said = [hole["middle"] for hole in holes]
+    found = syntax.score(holes, said, library)
+    assert found["syntax"]["value"] == found["exact_match"]["value"] == 1.0
+    assert syntax.score(holes, ["\0"] * len(holes), library)["syntax"]["value"] == 0.0
+    with pytest.raises(errors.UserError, match="is not the file"):
+        syntax.score([holes[0] | {"start": 1, "end": 2}], [""], library)
+
+
+def test_a_text_without_an_end_of_line_is_given_one():
+    assert syntax.filled("a\nb\nc\n", 1, 2, "x") == "a\nx\nc\n"
+    assert ast.parse(syntax.filled("if a:\n  b\nc\n", 1, 2, "  d\n"))
+
+
+# --- conversations ---------------------------------------------------------------------------------
+
+
+def test_conversations_ask_what_only_they_tell():
+    row = {"term": "moth", "answer": "an insect", "question": "What is moth?"}
+    messages = dialogue.of_definition(row)["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert "moth" in messages[0]["content"] and "moth" not in messages[2]["content"]
+    assert messages[1]["content"] == "an insect" and messages[3]["content"] == "moth"
+    assert dialogue.of_definition(row) == dialogue.of_definition(row)
+
+
+# --- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    """Returns a runner of a task whose stages are small programs, and its file of stages."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    (tmp_path / "x-baseline.json").write_text(json.dumps({"scores": {"f1": {"value": 0.1}}}))
+    (tmp_path / "first.py").write_text(
+        "import pathlib, sys\n"
+        "pathlib.Path('count').open('a').write('x')\n"
+        "sys.exit(3 if len(pathlib.Path('count').read_text()) == 1 else 0)\n"
+    )
+    (tmp_path / "last.py").write_text(
+        "import json, pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[1].partition('=')[2]) / 'evaluation' / '5'\n"
+        "folder.mkdir(parents=True, exist_ok=True)\n"
+        "rows = [{'q': f'{i}', 'target': i, 'prediction': 'x' * 300} for i in range(8)]\n"
+        "(folder / 'said.jsonl').write_text('\\n'.join(map(json.dumps, rows)))\n"
+        "print('noise')\n"
+        "print(json.dumps({'examples': 8, 'scores': {'f1': {'value': 0.5, 'low': 0.4, 'high': 0.6}}}))\n"
+    )
+    commands = {"train": "first", "evaluate": "last --workdir=runs/x"}
+    baselines = (("a rule", "x-baseline", "f1"), ("itself", "stage evaluate", "f1"))
+    task = suite.Task("x", (), (), commands, ("f1",), baselines, suite.Outputs("said.jsonl", "q"))
+    return run.Runner("x", task, tmp_path / "elsewhere"), tmp_path
+
+
+def test_what_fails_is_told_and_what_was_done_is_kept(runner):
+    runs, folder = runner
+    with pytest.raises(errors.UserError, match="train ended with code 3"):
+        runs.run()
+    row = runs.run()
+    assert row["scores"]["f1"]["value"] == 0.5 and row["examples"] == 8
+    assert [one["score"]["value"] for one in row["baselines"]] == [0.1, 0.5]
+    assert [output["given"] for output in row["outputs"]] == ["2", "4", "6"]
+    assert row["outputs"][0]["said"].endswith("x…") and len(row["outputs"][0]["said"]) == 241
+    seconds = row["seconds"]["train"]
+    assert (folder / "count").read_text() == "xx"
+    assert runs.run()["seconds"]["train"] == seconds  # nothing ran again
+    assert (folder / "count").read_text() == "xx"
+
+
+def test_rows_of_the_table_say_what_results_say(runner):
+    runs, _ = runner
+    with pytest.raises(errors.UserError):
+        runs.run()
+    table = report.rows({"x": runs.run()})
+    assert "0.500 [0.400, 0.600]" in table and "a rule 0.100" in table
+
+
+def test_all_tasks_name_configs_and_data_that_there_are():
+    from experiments.tasks.data import __main__ as data
+
+    for name, task in suite.TASKS.items():
+        for one in task.data:
+            assert one.partition(":")[0] in {*data.DATA_SETS, "translation"}
+        for line in task.commands.values():
+            for part in line.split():
+                if part.startswith("--config="):
+                    path = part.removeprefix("--config=").partition(":")[0]
+                    assert (run.ROOT / path).is_file(), (name, path)
