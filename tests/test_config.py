@@ -209,7 +209,7 @@ PROCESSES = {"coordinator_address", "num_processes", "process_id", "heartbeat_ti
         (
             "llm_jax.evaluate",
             {
-                *("workdir", "step", "tasks", "split", "source"),
+                *("workdir", "step", "tasks", "split", "source", "config"),
                 *("num_beams", "max_tokens", "stride"),
             }
             | PROCESSES,
@@ -232,6 +232,21 @@ PROCESSES = {"coordinator_address", "num_processes", "process_id", "heartbeat_ti
                 "limit",
                 "batch_size",
             },
+        ),
+        (
+            "llm_jax.sampling.chat",
+            {
+                *("workdir", "step", "system", "max_tokens", "seed", "tensor"),
+                *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+            },
+        ),
+        (
+            "llm_jax.evaluation.forgetting",
+            {
+                *("before", "after", "task", "old", "new", "old_source", "new_source"),
+                *("output", "max_tokens"),
+            }
+            | PROCESSES,
         ),
         (
             "llm_jax.understanding.__main__",

@@ -9,6 +9,7 @@ from absl import app
 
 from experiments.tasks import suite
 from llm_jax import errors
+from llm_jax.evaluation import forgetting
 
 FOLDER = pathlib.Path(__file__).parent
 _BEGIN, _END = "<!-- rows: begin -->", "<!-- rows: end -->"
@@ -35,11 +36,10 @@ def rows(found: Mapping[str, Mapping[str, Any]]) -> str:
     for name, row in found.items():
         lines += ["", f"### {name}", "", "```"]
         lines += [f"python -m {line}" for line in row["commands"]]
-        lines += [
-            "```",
-            "",
-            f"{row['examples']:,} examples of the test split; {row['machine']}; {row['date']}.",
-        ]
+        count = f"{row['examples']:,} examples of the test split; " if row["examples"] else ""
+        lines += ["```", "", f"{count}{row['machine']}; {row['date']}."]
+        if row["found"]:
+            lines += ["", forgetting.table(row["found"])]
         if row["outputs"]:
             lines += ["", "| given | wanted | said |", "|---|---|---|"]
         for output in row["outputs"]:

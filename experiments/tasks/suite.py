@@ -72,6 +72,11 @@ def _chat(name: str) -> str:
     return _evaluate(name, "chat", "conversations", f"--max_tokens=24 {like}")
 
 
+def _french(name: str, config: str = "") -> str:
+    like = f"--config={_CONFIGS}/{config}" * bool(config)
+    return _evaluate(name, "generation", "translation_fr", f"--max_tokens=64 {like}".strip())
+
+
 TASKS: dict[str, Task] = {
     "newsgroups": Task(
         "20 Newsgroups, by MiniLM",
@@ -247,6 +252,41 @@ TASKS: dict[str, Task] = {
             ("the most frequent relation", "relations-baseline", "accuracy"),
         ),
         Outputs("classification-test.jsonl", "text", run="relations"),
+    ),
+    "replay": Task(
+        "The same with a quarter of presidents' addresses: what SmolLM2 forgets of them",
+        ("python_code",),
+        ("smollm2",),
+        {
+            "train": _train("replay", "code", "runs/smollm2,replay"),
+            "evaluate": (
+                "llm_jax.evaluation.forgetting --before=runs/smollm2 --after=runs/code,runs/replay"
+                f" --old={_CONFIGS}/addresses.py:runs/smollm2 --new={_CONFIGS}/code.py:runs/smollm2"
+                f" --new_source=jsonl:{_DATA}/python_code/test.jsonl:text"
+            ),
+        },
+        (),
+        (),
+        None,
+    ),
+    "transfer_fr": Task(
+        "The model of Italian goes on to French, 300 steps",
+        ("translation:fr",),
+        (),
+        {
+            "before": _french("translation_it", "transfer.py:runs/translation_it"),
+            "train": _train("transfer_fr", "transfer", "runs/translation_it"),
+            "train from scratch": _train("scratch_fr", "transfer", "scratch"),
+            "evaluate from scratch": _french("scratch_fr"),
+            "evaluate": _french("transfer_fr"),
+        },
+        ("bleu", "chrf"),
+        (
+            ("from scratch, as many steps", "stage evaluate from scratch", "bleu"),
+            ("Italian alone", "stage before", "bleu"),
+            ("the source as it is", "translation_fr-baseline", "bleu"),
+        ),
+        Outputs("generation-test.jsonl", "source"),
     ),
     "search": Task(
         "Packages by what they are for, by MiniLM",

@@ -40,7 +40,8 @@ from llm_jax.evaluation import metrics
 from llm_jax.evaluation import predict
 from llm_jax.models import build
 
-_GENERATING = ("generation", "chat")
+# They load the run themselves, on a mesh of their own.
+GENERATING = ("generation", "chat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def run(name: str, given: Checkpoint, options: Options) -> dict[str, Any]:
     check(name, given.config)
     started = time.monotonic()
     # What generates has a mesh of its own.
-    with contextlib.nullcontext() if name in _GENERATING else jax.set_mesh(given.mesh):
+    with contextlib.nullcontext() if name in GENERATING else jax.set_mesh(given.mesh):
         result = _TASKS[name].run(given, options)
     found = {
         "task": name,
