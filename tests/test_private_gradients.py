@@ -8,6 +8,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from optax import contrib
 import pytest
 
 from llm_jax import config as config_lib
@@ -95,6 +96,12 @@ def test_each_row_is_clipped_by_itself():
     )
     wanted = rows_BP * np.minimum(1.0, clip / np.maximum(norms_B, 1e-9))[:, None]
     helpers.assert_close(_flat(found), wanted.mean(0), 2e-5)
+    # Optax's, which takes the gradients of all rows at once.
+    theirs = contrib.differentially_private_aggregate(clip, 0.0, seed=0)
+    rows_BP = jnp.asarray(rows_BP)
+    helpers.assert_close(
+        _flat(found), np.asarray(theirs.update(rows_BP, theirs.init(rows_BP[0]))[0]), 2e-5
+    )
 
 
 @pytest.mark.long
