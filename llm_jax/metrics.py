@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import json
 import math
 import os
-import pathlib
 import sys
 import time
+
+from etils import epath
 
 from llm_jax import errors
 
@@ -88,8 +89,8 @@ def _truncate(gfile, path: str, last_step: int) -> None:
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """Returns the rows of a local run's `metrics.jsonl`, in order."""
-    text = (pathlib.Path(workdir) / FILE_NAME).read_text()
+    """Returns the rows of a run's `metrics.jsonl`, in order; raises FileNotFoundError."""
+    text = (epath.Path(workdir) / FILE_NAME).read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -30,6 +30,7 @@ from llm_jax import preferences
 from llm_jax import private_gradients
 from llm_jax import sharding
 from llm_jax import start
+from llm_jax import telemetry
 from llm_jax import train_step
 from llm_jax import trees
 from llm_jax import tuning
@@ -136,6 +137,7 @@ class Run:
         self._first_step = int(self._state.step)
         self._writer = metrics_lib.Writer(workdir, self._first_step) if self._is_main else None
         self._train_step = train_step.make_train_step(config)
+        self._telemetry = telemetry.make(config)
         is_compared = config.objective.name == "preference"
         self._reference = preferences.Reference(config, mesh) if is_compared else None
         self._evaluate = evaluate.Evaluator(
@@ -202,6 +204,7 @@ class Run:
         num_steps = self._config.train.num_steps
         for step in range(self._first_step + 1, num_steps + 1):
             self._profile(step)
+            looked_at = self._look(step, batch)
             # A step never makes the host wait: a stray transfer is an error.
             with (
                 jax.transfer_guard("disallow"),
@@ -216,7 +219,7 @@ class Run:
             is_idle = metrics["train/loss"].is_ready()
             waited = time.perf_counter() - started if is_idle else 0.0
             self._log(pending, waited)
-            pending = step, metrics
+            pending = step, metrics | looked_at
             is_stopping = preemption.is_requested()
             if self._is_due(step, is_stopping):
                 self._log(pending, 0.0)
@@ -232,6 +235,11 @@ class Run:
         if self._accountant is not None:
             self._say(self._accountant.describe(int(self._state.step)))
         return self._state
+
+    def _look(self, step: int, batch: batch_lib.Batch) -> train_step.Metrics:
+        """Returns what goes on inside the step that comes next, where that is asked for."""
+        every = self._config.train.telemetry_every
+        return self._telemetry(self._state, batch) if every and step % every == 0 else {}
 
     def _is_due(self, step: int, is_stopping: bool) -> bool:
         return is_stopping or self._is_eval_step(step) or self._is_save_step(step)
@@ -274,6 +282,8 @@ class Run:
         self._stop_profile()
         self._checkpoints.close()
         last = self._checkpoints.latest_step()
+        if self._writer is not None:
+            self._writer.write(step, {"train/diverged": 1.0})
         kept = "no checkpoint was saved before" if last is None else f"step {last} is the last good"
         raise NonFiniteError(
             f"{what} at step {step}; {kept} ({checkpoint.directory(self._workdir)})."

@@ -252,6 +252,14 @@ def gradients(
     return grads, sums, routed
 
 
+def clipped(config: config_lib.RunConfig, grads: build.Model, norm: jax.Array) -> build.Model:
+    """Returns gradients of a global norm of `optim.clip_norm` at the most."""
+    if config.optim.clip_norm is None:
+        return grads
+    scale = jnp.minimum(1.0, config.optim.clip_norm / (norm + 1e-6))
+    return jax.tree.map(lambda grad: grad * scale, grads)
+
+
 def train_step(
     config: config_lib.RunConfig, state: TrainState, batch: batch_lib.Batch
 ) -> tuple[TrainState, Metrics]:
@@ -266,9 +274,7 @@ def train_step(
         grads, sums, routed = gradients(config, state.model, batch, key)
     with jax.named_scope("update"):
         grad_norm = optax.global_norm(grads)
-        if config.optim.clip_norm is not None:
-            scale = jnp.minimum(1.0, config.optim.clip_norm / (grad_norm + 1e-6))
-            grads = jax.tree.map(lambda grad: grad * scale, grads)
+        grads = clipped(config, grads, grad_norm)
         before = state.opt_state
         if config.optim.offload_state:
             before = _moved(before, jax.memory.Space.Device)

@@ -89,15 +89,15 @@ def train_step(devices: Sequence[jax.Device], *, config: Mapping[str, Any]) -> j
     mesh = mesh_lib.make(checked.mesh, devices)
     sharding.check(checked, mesh)
     with jax.set_mesh(mesh):
-        state = _on_mesh(abstract_state(checked), mesh)
+        state = placed(abstract_state(checked), mesh)
         batch = abstract_batch(checked, mesh)
         return train_step_lib.make_train_step(checked).lower(state, batch)
 
 
-def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Gives the leaves of an abstract tree, which know axes' names alone, places on a mesh."""
 
-    def placed(leaf):
+    def one(leaf):
         # Scalars are made without a place: they are everywhere.
         spec, memory = PartitionSpec(), None
         if leaf.sharding is not None:
@@ -105,7 +105,7 @@ def _on_mesh(tree: Any, mesh: jax.sharding.Mesh) -> Any:
         place = NamedSharding(mesh, spec, memory_kind=memory)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return jax.tree.map(placed, tree)
+    return jax.tree.map(one, tree)
 
 
 def _generation(
@@ -128,7 +128,7 @@ def _generation(
     of_rows = NamedSharding(mesh, rules.act("B"))
     key = jax.eval_shape(jax.random.key, 0).dtype
     arrays = (
-        _on_mesh(cached, mesh),
+        placed(cached, mesh),
         jax.ShapeDtypeStruct(
             (num_rows, length), jnp.int32, sharding=NamedSharding(mesh, rules.act("BT"))
         ),
@@ -165,4 +165,4 @@ def decode(devices: Sequence[jax.Device], **sizes: Any) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
         state = jax.eval_shape(functools.partial(decode_lib.prefill, **how), model, *prompts)
         del how["num_slots"]
-        return decode_lib.decode.lower(model, _on_mesh(state, mesh), num_tokens=1, **how)
+        return decode_lib.decode.lower(model, placed(state, mesh), num_tokens=1, **how)

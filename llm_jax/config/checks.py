@@ -409,6 +409,9 @@ def _check_optim(config: schema.RunConfig) -> None:
         values.require(o.clip_norm > 0, "optim.clip_norm", o.clip_norm, "above 0, or None for none")
     values.require_at_least("train", t, 1, "num_steps", "log_every", "cross_entropy_chunk")
     values.require_at_least("train", t, 0, "eval_every", "eval_steps", "z_loss", "seed")
+    values.require_at_least("train", t, 0, "telemetry_every")
+    is_logged = t.telemetry_every % max(t.log_every, 1) == 0
+    values.require(is_logged, "train.telemetry_every", t.telemetry_every, "a multiple of log_every")
     values.require_choice("train", t, "on_nonfinite", schema.NONFINITE)
     values.require_choice("train", t, "cross_entropy", schema.CROSS_ENTROPIES)
     values.require_at_least("checkpoint", config.checkpoint, 0, "every")

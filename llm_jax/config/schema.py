@@ -339,6 +339,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 100  # 0: never
     eval_steps: int = 0  # batches of one evaluation; 0: the whole split
+    telemetry_every: int = 0  # steps between looks inside, a multiple of log_every; 0: never
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
     cross_entropy: str = "auto"  # by the size of the logits, which only reference holds whole
     cross_entropy_chunk: int = 1024  # tokens of a device whose logits exist at a time

@@ -1,5 +1,6 @@
 """Multi-head attention with grouped keys and values: to the tokens themselves, or to an encoder's."""
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -94,10 +95,12 @@ class Attention(nnx.Module):
             k_BTKC = positions.rotate(k_BTKC, **how)
         return laid_out(self.rules, q_BTKGC, k_BTKC, self.values(x_BTD))
 
-    def weights(self, x_BTD: jax.Array, context: context_lib.Context) -> jax.Array:
-        """Returns the weights of a pass without a cache, float32 [B, K, G, T, S], to be looked at."""
+    def inspected(
+        self, x_BTD: jax.Array, context: context_lib.Context, function: Callable = op.weights
+    ) -> jax.Array:
+        """Returns what is to be looked at of a pass without a cache: weights, float32 [B, K, G, T, S], or scores."""
         q_BTKGC, k_BSKC, _ = self.projected(x_BTD, context)
-        return op.weights(q_BTKGC, k_BSKC, mask=context.mask, **self._scores(context))
+        return function(q_BTKGC, k_BSKC, mask=context.mask, **self._scores(context))
 
     def queries(self, x_BTD: jax.Array) -> jax.Array:
         """Returns the queries [B, T, K, G, C], without positions."""
@@ -257,10 +260,12 @@ class CrossAttention(Attention):
         k_BSKC, v_BSKC = self.keys(context.encoder_BSD), self.values(context.encoder_BSD)
         return laid_out(self.rules, self.queries(x_BTD), k_BSKC, v_BSKC)
 
-    def weights(self, x_BTD: jax.Array, context: context_lib.Context) -> jax.Array:
-        """Returns the weights of a pass without a cache, float32 [B, K, G, T, S], to be looked at."""
+    def inspected(
+        self, x_BTD: jax.Array, context: context_lib.Context, function: Callable = op.weights
+    ) -> jax.Array:
+        """Returns what is to be looked at of a pass without a cache: weights, float32 [B, K, G, T, S], or scores."""
         q_BTKGC, k_BSKC, _ = self.projected(x_BTD, context)
-        return op.weights(q_BTKGC, k_BSKC, mask=context.cross_mask, **self._scale())
+        return function(q_BTKGC, k_BSKC, mask=context.cross_mask, **self._scale())
 
     def remember(self, encoder_BSD: jax.Array, cache: decode_op.Cache) -> decode_op.Cache:
         """Returns the cache with the keys and values of the encoder's final states in it."""

@@ -6,6 +6,8 @@ and that part alone, and a step of generation attends to them as they are: the w
 latents are multiplied into the queries and into what was attended instead (section 2.1.2).
 """
 
+from collections.abc import Callable
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -93,11 +95,13 @@ class LatentAttention(nnx.Module):
         q_BTHC = jnp.concatenate(self.queries(x_BTD, context), axis=-1)
         return self._expanded(q_BTHC, *self.latents(x_BTD, context))
 
-    def weights(self, x_BTD: jax.Array, context: context_lib.Context) -> jax.Array:
-        """Returns the weights of a pass without a cache, float32 [B, H, 1, T, S], to be looked at."""
+    def inspected(
+        self, x_BTD: jax.Array, context: context_lib.Context, function: Callable = op.weights
+    ) -> jax.Array:
+        """Returns what is to be looked at of a pass without a cache: weights, float32 [B, H, 1, T, S], or scores."""
         q_BTKGC, k_BSKC, _ = self.projected(x_BTD, context)
         how = attention.scale(self.config)
-        return op.weights(q_BTKGC, k_BSKC, mask=context.mask, **how)
+        return function(q_BTKGC, k_BSKC, mask=context.mask, **how)
 
     def out(self, y_BTKGC: jax.Array) -> jax.Array:
         """Returns what heads have gathered, groups of one, as one [B, T, D]."""

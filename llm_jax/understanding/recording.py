@@ -49,7 +49,7 @@ class _Watched:
     def __call__(self, x_BTD: jax.Array, context: context_lib.Context, *rest: Any) -> Any:
         y = self._module(x_BTD, context, *rest)
         y_BTD = y[0] if isinstance(y, tuple) else y
-        weights_BKGTS = self._module.weights(x_BTD, context)
+        weights_BKGTS = self._module.inspected(x_BTD, context)
         self._found.append(Recorded(self._kind, self._module, x_BTD, context, y_BTD, weights_BKGTS))
         return y
 

@@ -2,9 +2,11 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
 from jax import ad_checkpoint
+import jax.numpy as jnp
 
 from llm_jax.kernels import placement
 from llm_jax.kernels.flash_attention import biases
@@ -105,10 +107,37 @@ def weights(
 
     Whole, by the reference, whatever implementation attends; arguments as of `attention`.
     """
+    placed = _for_reference(q_BTKGC, k_BSKC, mask, bias)
+    return reference.weights(q_BTKGC, k_BSKC, scale=scale, softcap=softcap, **placed)
+
+
+def largest_score(
+    q_BTKGC: jax.Array,
+    k_BSKC: jax.Array,
+    *,
+    mask: masks.Mask | pallas.Prepared,
+    scale: float,
+    softcap: float | None = None,
+    bias: biases.Bias | None = None,
+) -> jax.Array:
+    """Returns the largest score of a key that a query sees, scaled and capped; arguments as of `weights`."""
+    placed = _for_reference(q_BTKGC, k_BSKC, mask, bias)
+    scores_BKGTS, allowed_B11TS = reference.scores(
+        q_BTKGC, k_BSKC, scale=scale, softcap=softcap, **placed
+    )
+    return jnp.max(jnp.where(allowed_B11TS, scores_BKGTS, -jnp.inf))
+
+
+def _for_reference(
+    q_BTKGC: jax.Array,
+    k_BSKC: jax.Array,
+    mask: masks.Mask | pallas.Prepared,
+    bias: biases.Bias | None,
+) -> dict[str, Any]:
+    """Returns a mask and a bias where the queries lie."""
     _check_shapes(q_BTKGC, k_BSKC, k_BSKC, bias, None)
     others = {"mask": mask.mask if isinstance(mask, pallas.Prepared) else mask, "bias": bias}
-    placed = placement.like_queries(others, q_BTKGC)
-    return reference.weights(q_BTKGC, k_BSKC, scale=scale, softcap=softcap, **placed)
+    return placement.like_queries(others, q_BTKGC)
 
 
 def _piece(

@@ -84,6 +84,33 @@ def weights(
     k_start: int = 0,
 ) -> jax.Array:
     """Returns the weights that `attention` sums values by, float32 [B, K, G, T, S]; arguments as there."""
+    scores_BKGTS, allowed_B11TS = scores(
+        q_BTKGC,
+        k_BSKC,
+        mask=mask,
+        scale=scale,
+        q_offset=q_offset,
+        softcap=softcap,
+        bias=bias,
+        q_start=q_start,
+        k_start=k_start,
+    )
+    return masked_softmax(scores_BKGTS, allowed_B11TS, sinks_KG)
+
+
+def scores(
+    q_BTKGC: jax.Array,
+    k_BSKC: jax.Array,
+    *,
+    mask: masks.Mask,
+    scale: float,
+    q_offset: jax.Array | int = 0,
+    softcap: float | None = None,
+    bias: biases.Bias | None = None,
+    q_start: int = 0,
+    k_start: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the scores that `attention` makes weights of, float32 [B, K, G, T, S], and which of them count."""
     num_queries, num_keys = q_BTKGC.shape[1], k_BSKC.shape[1]
     t_T = q_offset + q_start + jnp.arange(num_queries)
     s_S = k_start + jnp.arange(num_keys)
@@ -96,7 +123,7 @@ def weights(
     if bias is not None:
         scores_BKGTS = scores_BKGTS + bias.scores_BKGTS(t_T, s_S)
     allowed_B11TS = masks.allowed_BTS(mask, t_T, s_S)[:, None, None]
-    return masked_softmax(scores_BKGTS, allowed_B11TS, sinks_KG)
+    return scores_BKGTS, allowed_B11TS
 
 
 def masked_softmax(
