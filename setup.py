@@ -48,6 +48,7 @@ setuptools.setup(
         "gguf>=0.17",  # of llama.cpp: 120 kB, nothing that is not here already
         "importlib_resources>=6.4",  # of tensorflow-datasets, which does not declare it
         "jax>=0.10.2",
+        "jinja2>=3.1",  # of chat templates
         "ml-collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.8",
@@ -65,8 +66,8 @@ setuptools.setup(
         "aot": [AOT],
         # Kernels that the report stands ours beside.
         "peers": [AOT, "tokamax>=0.0.17; python_version >= '3.12'"],
-        # Pictures of reports.
-        "lab": [PICTURES],
+        # Statistics and pictures of reports.
+        "lab": [PICTURES, "scipy>=1.13"],
         # Metrics that others count by, baselines and classic preprocessing.
         "tasks": [PICTURES, *METRICS],
         # Tasks of lm-evaluation-harness.
