@@ -34,8 +34,8 @@ def get_config(arg: str = ""):
     config.data.update(target_field="target", tokenizer="train_bpe:8000")
     config.data.eval_source = f"jsonl:{folder}/validation.jsonl"
     config.data.update(batch_size=16, sequence_length=128 if is_pair else 256)
-    config.optim.update(learning_rate=2e-3, warmup_steps=100, weight_decay=0.05, b2=0.98)
+    config.optim.update(learning_rate=2e-3, warmup_steps=200, weight_decay=0.05, b2=0.98)
     config.optim.final_lr_fraction = 0.02
-    config.train.update(num_steps=1200, eval_every=400)
-    config.checkpoint.every = 400
+    config.train.update(num_steps=3000, eval_every=1000)
+    config.checkpoint.every = 1000
     return config
