@@ -94,6 +94,17 @@ def read(workdir: str | os.PathLike) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def steps_left(workdir: str | os.PathLike) -> int:
+    """Returns how many steps a run has still to take: a run that was stopped by SIGTERM ends well, too.
+
+    Raises:
+      FileNotFoundError: nothing ran there.
+    """
+    config = json.loads((epath.Path(workdir) / "config.json").read_text())
+    last = max((row["step"] for row in read(workdir)), default=0)
+    return config["train"]["num_steps"] - last
+
+
 class Throughput:
     """Tokens a second, share of time spent waiting for input, and time left.
 

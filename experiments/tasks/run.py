@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from experiments.tasks import suite
 from experiments.tasks.data import __main__ as data_command
 from llm_jax import command
 from llm_jax import errors
+from llm_jax import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -76,7 +78,6 @@ class Runner:
             return done.get(stage, {}).get("said", "")
         print(f"{self._name}: {stage}: python -m {line}", flush=True)
         started = time.monotonic()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, "-m", *self._argv(line)],
             stdout=subprocess.PIPE,
@@ -91,12 +92,23 @@ class Runner:
         own = done.setdefault(stage, {"seconds": 0.0})
         own["seconds"] = round(own["seconds"] + time.monotonic() - started, 1)
         own |= {"command": line, "is_done": code == 0, "said": last[0] if last else ""}
-        partial = self._file.with_suffix(".tmp")
-        partial.write_text(json.dumps(done, indent=1) + "\n")
-        partial.replace(self._file)
+        if code == 0 and line.startswith("llm_jax.train ") and self._steps_left(line):
+            own["is_done"], code = False, signal.SIGTERM
+        self._keep(done)
         if code:
             raise errors.UserError(f"{self._name}: {stage} ended with code {code}: {line}")
         return own["said"]
+
+    def _steps_left(self, line: str) -> int:
+        """Returns how many steps a run that has ended well has left: it was told to stop."""
+        (workdir,) = (part for part in self._argv(line) if part.startswith("--workdir="))
+        return metrics.steps_left(workdir.partition("=")[2])
+
+    def _keep(self, done: dict[str, Any]) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".tmp")
+        partial.write_text(json.dumps(done, indent=1) + "\n")
+        partial.replace(self._file)
 
     def _stages(self) -> dict[str, Any]:
         return json.loads(self._file.read_text()) if self._file.exists() else {}

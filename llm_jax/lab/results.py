@@ -120,13 +120,16 @@ def summary(
     Raises:
       errors.UserError: the run ended without its metric, and did not diverge.
     """
-    rows = list(metrics_lib.read(workdir))
+    rows = metrics_lib.read(workdir)
     diverged = [row["step"] for row in rows if DIVERGED in row]
     kept = {
         name: thinned([[row["step"], row[name]] for row in rows if name in row])
         for name in dict.fromkeys((sweep.metric, "train/loss", *sweep.kept))
     }
     values = kept[sweep.metric]
+    left = metrics_lib.steps_left(workdir)
+    if left and not diverged:
+        raise errors.UserError(f"{workdir} was stopped {left} steps before its end: run it again")
     if not diverged and not values:
         raise errors.UserError(f"{workdir} has no {sweep.metric!r}: the sweep's runs must evaluate")
     return {

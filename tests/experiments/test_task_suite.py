@@ -159,6 +159,19 @@ def test_what_fails_is_told_and_what_was_done_is_kept(runner):
     assert (folder / "count").read_text() == "xx"
 
 
+def test_training_that_was_stopped_is_not_done(runner, monkeypatch):
+    runs, folder = runner
+    line = "llm_jax.train --workdir=runs/x"
+    monkeypatch.setattr(run.metrics, "steps_left", lambda workdir: 7)
+    monkeypatch.setattr(runs, "_argv", lambda line: ["first", "--workdir=x"])
+    (folder / "count").write_text("x")  # the program ends well from now on
+    with pytest.raises(errors.UserError, match="ended with code 15"):
+        runs._stage("train", line)
+    monkeypatch.setattr(run.metrics, "steps_left", lambda workdir: 0)
+    runs._stage("train", line)
+    assert runs._stages()["train"]["is_done"]
+
+
 def test_rows_of_the_table_say_what_results_say(runner):
     runs, _ = runner
     with pytest.raises(errors.UserError):

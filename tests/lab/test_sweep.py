@@ -274,3 +274,30 @@ def test_the_ledger_has_a_line_for_each_ablation(tmp_path):
 )
 def test_a_status_is_that_of_the_weakest_finding(held, status):
     assert ledger.status_of([analysis.Finding("", holds) for holds in held]) == status
+
+
+def test_a_run_that_was_stopped_is_no_result(tmp_path):
+    own = _sweep()
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"num_steps": 12}}))
+    rows = [{"step": step, sweep.LOSS: 5.0 - step, "train/loss": 1.0} for step in (4, 8)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(errors.UserError, match="stopped 4 steps before its end"):
+        results.summary(own, str(tmp_path), {}, 1.0)
+    diverged = json.dumps({"step": 9, results.DIVERGED: 1.0}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text + diverged)
+    assert results.summary(own, str(tmp_path), {}, 1.0)["diverged_at"] == 9
+    last = json.dumps({"step": 12, sweep.LOSS: 2.5, "train/loss": 1.0}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text + last)
+    found = results.summary(own, str(tmp_path), {"long": 3.0}, 1.0)
+    assert found["value"] == 2.5 and found["evaluations"] == {"long": 3.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 12, "train/loss": 1.0}) + "\n")
+    with pytest.raises(errors.UserError, match="must evaluate"):
+        results.summary(own, str(tmp_path), {}, 1.0)
+
+
+def test_thinned_curves_keep_their_ends():
+    points = [[step, 1.0] for step in range(1000)]
+    kept = results.thinned(points)
+    assert len(kept) == 40 and kept[0] == points[0] and kept[-1] == points[-1]
+    assert results.thinned(points[:7]) == points[:7]
