@@ -6,6 +6,10 @@ from llm_jax.aot import kernel_cost
 from llm_jax.aot import topology
 from llm_jax.kernels.costing import budgets
 
+# Compiled each time, whether their programs changed or not: so that what reads figures out of them is held
+# to the committed ones as well.
+_ALWAYS = ("attention, v5e", "decode, int8, v6e")
+
 
 @pytest.mark.long
 @pytest.mark.skipif(not topology.is_available(), reason="libtpu is optional")
@@ -15,12 +19,18 @@ def test_kernels_keep_to_their_budgets():
     assert version in known, f"no budgets for {version}: python -m llm_jax.kernels.costing.budgets"
     cases = budgets.cases()
     assert known[version].keys() == cases.keys()
-    results = kernel_cost.costs(list(cases.values()))
+    unchanged = {
+        budget["program"]
+        for name, budget in known[version].items()
+        if "program" in budget and name not in _ALWAYS
+    }
+    results = kernel_cost.costs(list(cases.values()), known=unchanged)
     lines = []
     for (name, budget), result in zip(
         ((name, known[version][name]) for name in cases), results, strict=True
     ):
-        lines += budgets.overruns(name, budgets.figures(result), budget)
+        if not isinstance(result, kernel_cost.Known):
+            lines += budgets.overruns(name, budgets.figures(result), budget)
     assert not lines, "\n".join(lines)
 
 

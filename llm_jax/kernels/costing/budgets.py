@@ -70,8 +70,8 @@ def compiler_version() -> str:
     return f"libtpu {importlib.metadata.version('libtpu')}"
 
 
-def figures(result: kernel_cost.ProgramCost | kernel_cost.Refusal) -> dict[str, float]:
-    """Returns what is budgeted of a program.
+def figures(result: kernel_cost.ProgramCost | kernel_cost.Refusal) -> dict[str, float | str]:
+    """Returns what is budgeted of a program, and the program's fingerprint: what is the same need not be compiled.
 
     Raises:
       errors.UserError: the program was not compiled, or its time is a guess.
@@ -82,13 +82,14 @@ def figures(result: kernel_cost.ProgramCost | kernel_cost.Refusal) -> dict[str, 
         guesses = sorted({guess for one in result.operations for guess in one.guesses})
         raise errors.UserError(f"{result.case.arguments}: the time is a guess ({guesses})")
     return {
+        "program": result.fingerprint,
         "milliseconds": round(result.seconds * 1e3, 5),
         "hbm_bytes": result.hbm_bytes_read + result.hbm_bytes_written,
         "vmem_bytes": max(kernel.vmem_bytes for kernel in result.kernels),
     }
 
 
-def load(path: pathlib.Path = PATH) -> dict[str, dict[str, dict[str, float]]]:
+def load(path: pathlib.Path = PATH) -> dict[str, dict[str, dict[str, float | str]]]:
     """Returns the figures by compiler version and name."""
     return json.loads(path.read_text()) if path.exists() else {}
 
