@@ -68,9 +68,20 @@ def make_optimizer(
         direction = optax.trace(config.b1)
     return optax.chain(
         direction,
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(_decay(config), mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _decay(config: config_lib.OptimConfig) -> float:
+    """Returns what weights are decayed by, before the learning rate multiplies it.
+
+    Independent decay (Loshchilov and Hutter 2019; Wortsman et al. 2023, section 3.2.2) follows the schedule, not its
+    peak: weights lose the same share in a step whatever the peak.
+    """
+    if not config.is_decay_independent:
+        return config.weight_decay
+    return config.weight_decay / config.learning_rate
 
 
 def _muon(config: config_lib.OptimConfig) -> optax.GradientTransformation:

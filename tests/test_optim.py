@@ -203,6 +203,23 @@ def test_weight_decay_means_the_same_for_all(one_device, name):
         np.testing.assert_array_equal(getattr(after, vector), getattr(params, vector))
 
 
+def test_independent_decay_follows_the_schedule_and_not_its_peak(one_device):
+    params = _params()
+    zeros, decay = jax.tree.map(jnp.zeros_like, params), 0.01
+    for peak in (1e-4, 1e-1):
+        for share in (1.0, 0.25):  # of the peak, where the schedule stands
+            optimizer = _optimizer(
+                optax.constant_schedule(share * peak),
+                learning_rate=peak,
+                weight_decay=decay,
+                is_decay_independent=True,
+            )
+            updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+            after = optax.apply_updates(params, updates)
+            wanted = np.asarray(params.up_DF) * (1 - share * decay)
+            np.testing.assert_allclose(after.up_DF, wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
 def test_step_is_proportional_to_the_learning_rate(one_device, name):
     params, grads = _params(), _params(1)

@@ -295,6 +295,7 @@ class OptimConfig:
     name: str = "adamw"
     learning_rate: float = 1e-3  # peak
     weight_decay: float = 0.1  # on matrices and tables; not on biases and norm scales
+    is_decay_independent: bool = False  # of the peak: weights lose weight_decay times the schedule
     warmup_steps: int = 100
     schedule: str = "cosine"
     final_lr_fraction: float = 0.1  # of the peak, at the last step

@@ -45,13 +45,20 @@ class Cell:
         }
 
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """Returns the mean over seeds of a metric's rows: (step, value)."""
+        """Returns the mean over seeds of a metric's rows: (step, value); see `points`."""
+        found = self.points(name)
+        return [(step, float(np.mean(values))) for step, values in sorted(found.items())]
+
+    def points(self, name: str) -> dict[float, list[float]]:
+        """Returns a metric's values of all seeds by their step; of one with a value a layer the largest."""
         found: dict[float, list[float]] = {}
         for row in self.by_seed.values():
             for step, value in row["curves"][name] if name in row["curves"] else ():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    found.setdefault(step, []).append(value)
-        return [(step, float(np.mean(values))) for step, values in sorted(found.items())]
+                values = value if isinstance(value, list) else [value]
+                # What is not finite is kept as a string.
+                if all(isinstance(one, (int, float)) for one in values):
+                    found.setdefault(step, []).append(max(values))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +130,23 @@ class Table:
             if name == variant and all(named[axis] == value for axis, value in axes.items()):
                 return cell
         raise KeyError(f"{variant} {axes}")
+
+    def contrasts(
+        self, pairs: Sequence[tuple[Cell, Cell]], evaluation: str = ""
+    ) -> list[statistics.Comparison]:
+        """Returns comparisons of runs that a finding asks for, corrected for their number.
+
+        Args:
+          pairs: what stands beside what.
+          evaluation: whose loss is compared, instead of the metric.
+        """
+        values = []
+        for cell, other in pairs:
+            own, theirs = cell.values(evaluation), other.values(evaluation)
+            seeds = sorted(set(own) & set(theirs))
+            values.append(([own[s] for s in seeds], [theirs[s] for s in seeds]))
+        how = {"is_less_better": self.sweep.is_less_better, "smallest": self.sweep.smallest}
+        return statistics.compare(values, **how)
 
     def findings(self) -> list[Finding]:
         """Returns what the sweep's own question finds."""

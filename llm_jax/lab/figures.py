@@ -45,11 +45,7 @@ def curves(table: analysis.Table, metric: str) -> matplotlib.figure.Figure:
 
 
 def _band(cell: analysis.Cell, metric: str, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    found: dict[float, list[float]] = {step: [] for step in steps}
-    for row in cell.by_seed.values():
-        for step, value in row["curves"][metric]:
-            if step in found and isinstance(value, (int, float)) and math.isfinite(value):
-                found[step].append(value)
+    found = cell.points(metric)
     return tuple(np.array([pick(found[step]) for step in steps]) for pick in (min, max))
 
 
