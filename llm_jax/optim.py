@@ -4,10 +4,12 @@ Every optimiser here is `update = -learning_rate * (direction + weight_decay * p
 `optim.weight_decay` means the same for all of them.
 """
 
+from collections.abc import Callable
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import optax
 from optax import contrib
@@ -47,9 +49,13 @@ def make_schedule(config: config_lib.OptimConfig, num_steps: int) -> optax.Sched
 
 
 def make_optimizer(
-    config: config_lib.OptimConfig, schedule: optax.Schedule
+    config: config_lib.OptimConfig,
+    schedule: optax.Schedule,
+    factors: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
     """Returns the optimiser; clip the gradient before (train_step does, for its norm is logged).
+
+    `factors` gives, of the parameters, what each one's update is multiplied by, before weight decay.
 
     Sources: AdamW Loshchilov and Hutter 2019; Lion Chen et al. 2023; Adafactor Shazeer and Stern
     2018; Muon Jordan et al. 2024, with the RMS matching of Liu et al. 2025 (section 2.2) so that it
@@ -66,10 +72,18 @@ def make_optimizer(
         direction = optax.partition({"muon": _muon(config), "adam": adam}, muon_labels)
     else:
         direction = optax.trace(config.b1)
+    if factors is not None:
+        direction = optax.chain(direction, _scaled_by(factors))
     return optax.chain(
         direction,
         optax.add_decayed_weights(_decay(config), mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _scaled_by(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(jnp.multiply, updates, factors(params))
     )
 
 

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax import config as config_lib
-from llm_jax import optim
 from llm_jax import train_step
 from llm_jax import trees
 from llm_jax import tuning
@@ -86,8 +85,7 @@ def _rms(x: jax.Array) -> jax.Array:
 def _of_update(
     config: config_lib.RunConfig, state: train_step.TrainState, grads: Any
 ) -> dict[str, jax.Array]:
-    schedule = optim.make_schedule(config.optim, config.train.num_steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
+    optimizer, _ = train_step.make_optimizer(config)
     learned, _ = tuning.split(config, state.model)
     updates, _ = optimizer.update(
         train_step.clipped(config, grads, optax.global_norm(grads)), state.opt_state, learned

@@ -19,6 +19,7 @@ from llm_jax.data import batch as batch_lib
 from llm_jax.kernels.cross_entropy import op as cross_entropy
 from llm_jax.kernels.flash_attention import ring
 from llm_jax.models import build
+from llm_jax.models import parametrisation
 from llm_jax.models.moe import balance
 
 # Objectives whose rows hold two texts that must not see each other, packed or not.
@@ -46,15 +47,22 @@ class TrainState:
     opt_state: Any
 
 
-def _optimizer(config: config_lib.RunConfig) -> tuple[optax.GradientTransformation, Callable]:
+def make_optimizer(config: config_lib.RunConfig) -> tuple[optax.GradientTransformation, Callable]:
+    """Returns the optimiser of a run and its schedule of learning rates."""
     schedule = optim.make_schedule(config.optim, config.train.num_steps)
-    return optim.make_optimizer(config.optim, schedule), schedule
+    return optim.make_optimizer(config.optim, schedule, _rate_factors(config.model)), schedule
+
+
+def _rate_factors(config: config_lib.ModelConfig) -> Callable | None:
+    if parametrisation.width_ratio(config) == 1.0:
+        return None
+    return functools.partial(parametrisation.rate_factors, config)
 
 
 def init_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> TrainState:
     """Returns the state before the first step. Call it under `jax.jit` and a mesh."""
     model = build.make_model(jax.random.key(config.train.seed), config.model, rules)
-    optimizer, _ = _optimizer(config)
+    optimizer, _ = make_optimizer(config)
     zero = jnp.zeros((), jnp.int32)
     opt_state = optimizer.init(tuning.split(config, model)[0])
     if config.optim.offload_state:
@@ -268,7 +276,7 @@ def train_step(
     The randomness of a step comes from the seed and the step's number alone, so a resumed run draws
     what the uninterrupted one would have drawn.
     """
-    optimizer, schedule = _optimizer(config)
+    optimizer, schedule = make_optimizer(config)
     key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
     with jax.named_scope("gradients"):
         grads, sums, routed = gradients(config, state.model, batch, key)

@@ -34,6 +34,7 @@ from llm_jax.config.schema import NORMS
 from llm_jax.config.schema import OBJECTIVES
 from llm_jax.config.schema import OPTIMIZERS
 from llm_jax.config.schema import PACKINGS
+from llm_jax.config.schema import PARAMETRISATIONS
 from llm_jax.config.schema import POOLINGS
 from llm_jax.config.schema import POSITIONS
 from llm_jax.config.schema import QK_NORMS
@@ -80,6 +81,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PACKINGS",
+    "PARAMETRISATIONS",
     "POOLINGS",
     "POSITIONS",
     "QK_NORMS",

@@ -62,6 +62,14 @@ def _check_model(m: schema.ModelConfig) -> None:
     values.require_at_least("model", m, 1, *sizes, "vocab_size", "max_length", "window")
     values.require_at_least("model", m, 1, "attention_chunk", "rope_original_length")
     values.require_at_least("model", m, 0.0, "init_stddev")
+    values.require_at_least("model", m, 1, "base_width", "base_depth", "base_head_dim")
+    values.require_choice("model", m, "parametrisation", schema.PARAMETRISATIONS)
+    values.require(
+        m.parametrisation == "standard" or not m.moe.is_on,
+        "model.parametrisation",
+        m.parametrisation,
+        "models with experts have 'standard': nothing is known of their routers",
+    )
     values.require_choice("model", m, "positions", schema.POSITIONS)
     values.require_choice("model", m, "rope_scaling", schema.ROPE_SCALINGS)
     values.require_choice("model", m, "norm", schema.NORMS)

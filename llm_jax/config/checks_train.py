@@ -15,6 +15,12 @@ def check(config: schema.RunConfig) -> None:
         "optim", o, 0, "learning_rate", "weight_decay", "warmup_steps", "epsilon"
     )
     values.require_at_least("optim", o, 1, "accumulation_steps")
+    values.require(
+        config.model.parametrisation == "standard" or o.name in ("adamw", "lion"),
+        "optim.name",
+        o.name,
+        f"model.parametrisation = {config.model.parametrisation!r} is of adamw, and holds for lion",
+    )
     for name in ("b1", "b2"):
         values.require(getattr(o, name) < 1.0, f"optim.{name}", getattr(o, name), "use [0, 1)")
     values.require(

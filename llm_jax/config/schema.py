@@ -12,6 +12,7 @@ NORM_PLACEMENTS = ("pre", "post", "sandwich", "output")
 QK_NORMS = ("head", "projection")
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu", "relu_squared")
 REMATS = ("none", "full", "dots", "qkv", "attention_output", "offload")
+PARAMETRISATIONS = ("standard", "mup", "completep")
 DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "reference", "chunked", "jax_nn", "pallas")
 CROSS_ENTROPIES = ("auto", "reference", "chunked", "pallas")
@@ -169,6 +170,11 @@ class ModelConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0  # of attention weights
     init_stddev: float = 0.02
+    # How init, rates and multipliers follow width and depth (models/parametrisation.py), from a model that was tuned:
+    parametrisation: str = "standard"
+    base_width: int = 128  # its embed_dim
+    base_depth: int = 4  # its num_layers
+    base_head_dim: int | None = None  # its head_dim, where heads grow; None: as wide as here
 
     head: str = "lm"  # what reads the last states: lm, or labels of a sequence, each token, a span
     use_head_transform: bool = False  # BERT: dense, activation and norm before the vocabulary

@@ -20,6 +20,7 @@ from llm_jax.kernels.flash_attention import pallas
 from llm_jax.models import context as context_lib
 from llm_jax.models import layers
 from llm_jax.models import lora
+from llm_jax.models import parametrisation
 from llm_jax.models import positions
 
 
@@ -32,9 +33,8 @@ class Attention(nnx.Module):
         D, K, C = config.embed_dim, config.kv_heads, config.head_width
         G = config.num_heads // K
         q_key, k_key, v_key, o_key = jax.random.split(key, 4)
-        std, dtype = config.init_stddev, config.param_dtype
-        # Residual branches start smaller by the square root of their number (GPT-2, section 2.3).
-        out_std = std / (2 * config.num_layers) ** 0.5
+        std, dtype = parametrisation.hidden_stddev(config), config.param_dtype
+        out_std = parametrisation.branch_stddev(config)
         self.config, self.rules = config, rules
         self.q_DKGC = layers.normal_param(q_key, "q_DKGC", (D, K, G, C), std, rules, dtype)
         self.k_DKC = layers.normal_param(k_key, "k_DKC", (D, K, C), std, rules, dtype)
@@ -218,7 +218,7 @@ def scale(config: config_lib.ModelConfig) -> dict[str, Any]:
     """Returns what is done to the scores of any attention, to tokens or to a cache."""
     factor = config.attention_scale
     return {
-        "scale": config.key_width**-0.5 if factor is None else factor,
+        "scale": parametrisation.attention_scale(config) if factor is None else factor,
         "softcap": config.attention_softcap,
     }
 

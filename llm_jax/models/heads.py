@@ -8,6 +8,7 @@ from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.models import layers
 from llm_jax.models import mlp
+from llm_jax.models import parametrisation
 
 _NUM_ENDS = 2  # of a span: its first token and its last
 
@@ -16,7 +17,8 @@ class Transform(nnx.Module):
     """Dense, activation and norm, as BERT has them before the vocabulary (Devlin et al. 2019)."""
 
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
-        D, std, dtype = config.embed_dim, config.init_stddev, config.param_dtype
+        D, dtype = config.embed_dim, config.param_dtype
+        std = parametrisation.hidden_stddev(config)
         self.activation, self.rules = config.activation, rules
         self.dense_DM = layers.normal_param(key, "dense_DM", (D, D), std, rules, dtype)
         self.dense_bias_D = layers.bias_param(config.use_bias, "dense_bias_D", (D,), rules, dtype)
@@ -32,7 +34,8 @@ class Pooler(nnx.Module):
     """BERT's dense and tanh on the state that stands for a sequence (Devlin et al. 2019)."""
 
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
-        D, std, dtype = config.embed_dim, config.init_stddev, config.param_dtype
+        D, dtype = config.embed_dim, config.param_dtype
+        std = parametrisation.hidden_stddev(config)
         self.rules = rules
         self.dense_DM = layers.normal_param(key, "dense_DM", (D, D), std, rules, dtype)
         self.dense_bias_D = layers.bias_param(config.use_bias, "dense_bias_D", (D,), rules, dtype)
@@ -105,7 +108,14 @@ class Reader(nnx.Module):
             return x_BTD
         if self.head_transform is not None:
             x_BTD = self.head_transform(x_BTD)
-        return x_BTD * self.config.embed_dim**-0.5 if self.config.scale_logits else x_BTD
+        if self.config.scale_logits:
+            x_BTD = x_BTD * parametrisation.scaling_width(self.config) ** -0.5
+        return self._as_at_the_base(x_BTD)
+
+    def _as_at_the_base(self, x: jax.Array) -> jax.Array:
+        """Returns states whose logits are as large as at the width that was tuned."""
+        multiplier = parametrisation.logit_multiplier(self.config)
+        return x if multiplier is None else x * jnp.asarray(multiplier, x.dtype)
 
     def vocabulary_logits(self, x_BTD: jax.Array) -> jax.Array:
         """Returns float32 logits, [B, T, V], of what `before_head` gave."""
@@ -130,11 +140,12 @@ class Reader(nnx.Module):
         if self.config.head != "sequence":
             x_BTD = x_BTD if self.head_transform is None else self.head_transform(x_BTD)
             places_T = jax.sharding.reshard(jnp.arange(x_BTD.shape[1]), self.rules.act("T"))
-            return self.labels(layers.dropout(x_BTD, self.config.dropout, key, places_T))
+            x_BTD = layers.dropout(x_BTD, self.config.dropout, key, places_T)
+            return self.labels(self._as_at_the_base(x_BTD))
         x_BD = self.pooled(x_BTD, segments_BT)
         x_BD = x_BD if self.head_transform is None else self.head_transform(x_BD)
         x_B1D = layers.dropout(x_BD[:, None], self.config.dropout, key, jnp.zeros(1, jnp.int32))
-        return self.labels(x_B1D[:, 0])
+        return self.labels(self._as_at_the_base(x_B1D[:, 0]))
 
     def embeddings(self, x_BTD: jax.Array, segments_BT: jax.Array, segment: int) -> jax.Array:
         """Returns a vector of unit length for the text of each row that is one segment, float32 [B, D]."""

@@ -21,6 +21,7 @@ from llm_jax.models import attention
 from llm_jax.models import context as context_lib
 from llm_jax.models import layers
 from llm_jax.models import lora
+from llm_jax.models import parametrisation
 from llm_jax.models import positions
 
 
@@ -34,9 +35,7 @@ class LatentAttention(nnx.Module):
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         D, H, C = config.embed_dim, config.num_heads, config.head_width
         rotated, Z, dtype = config.rope_head_width, config.kv_latent_dim, config.param_dtype
-        std = config.init_stddev
-        # Residual branches start smaller by the square root of their number (GPT-2, section 2.3).
-        out_std = std / (2 * config.num_layers) ** 0.5
+        std, out_std = parametrisation.hidden_stddev(config), parametrisation.branch_stddev(config)
         self.config, self.rules = config, rules
         keys = iter(jax.random.split(key, 8))
 

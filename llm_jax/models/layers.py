@@ -11,6 +11,7 @@ from llm_jax import sharding
 from llm_jax.kernels import few_rows
 from llm_jax.kernels.flash_attention import dropout as dropout_lib
 from llm_jax.models import lora
+from llm_jax.models import parametrisation
 
 
 def normal_param(
@@ -143,7 +144,8 @@ class Embedding(nnx.Module):
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         shape = (config.vocab_size, config.embed_dim)
         self.rules = rules
-        self.scale = config.embed_dim**0.5 if config.scale_embeddings else None
+        width = parametrisation.scaling_width(config)
+        self.scale = width**0.5 if config.scale_embeddings else None
         self.table_VD = normal_param(
             key, "table_VD", shape, config.init_stddev, rules, config.param_dtype
         )

@@ -10,6 +10,7 @@ from llm_jax import config as config_lib
 from llm_jax import sharding
 from llm_jax.models import layers
 from llm_jax.models import lora
+from llm_jax.models import parametrisation
 
 ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -26,8 +27,7 @@ class Mlp(nnx.Module):
     def __init__(self, key: jax.Array, config: config_lib.ModelConfig, rules: sharding.AxisRules):
         D, F, dtype = config.embed_dim, config.mlp_width, config.param_dtype
         up_key, gate_key, out_key = jax.random.split(key, 3)
-        std = config.init_stddev
-        out_std = std / (2 * config.num_layers) ** 0.5
+        std, out_std = parametrisation.hidden_stddev(config), parametrisation.branch_stddev(config)
         self.activation, self.rules = config.activation, rules
         self.up_DF = layers.normal_param(up_key, "up_DF", (D, F), std, rules, dtype)
         self.out_FD = layers.normal_param(out_key, "out_FD", (F, D), out_std, rules, dtype)

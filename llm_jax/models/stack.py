@@ -18,6 +18,7 @@ from llm_jax.models import context as context_lib
 from llm_jax.models import latent_attention
 from llm_jax.models import layers
 from llm_jax.models import mlp
+from llm_jax.models import parametrisation
 from llm_jax.models.moe import balance
 from llm_jax.models.moe import layer as moe_layer
 
@@ -62,6 +63,8 @@ class Block(nnx.Module):
     ):
         attention_key, mlp_key, cross_key = jax.random.split(key, 3)
         self.placement, self.dropout = config.norm_placement, config.dropout
+        num_layers = config.decoder_layers if has_cross else config.num_layers
+        self.multiplier = parametrisation.branch_multiplier(config, num_layers)
         has_norm = config.norm_placement != "output"
         has_output_norm = config.norm_placement in ("output", "sandwich")
 
@@ -151,6 +154,8 @@ class Block(nnx.Module):
         h_BTD = branch(h_BTD)
         if output_norm is not None:
             h_BTD = output_norm(h_BTD)
+        if self.multiplier is not None:
+            h_BTD = h_BTD * jnp.asarray(self.multiplier, h_BTD.dtype)
         x_BTD = x_BTD + layers.dropout(h_BTD, self.dropout, key, context.places_T)
         return norm(x_BTD) if self.placement == "post" else x_BTD
 
