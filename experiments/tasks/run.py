@@ -185,7 +185,9 @@ def rows_of(workdir: pathlib.Path, name: str) -> list[dict[str, Any]]:
 
 
 def _cut(value: Any) -> str:
-    text = " / ".join(value) if isinstance(value, list) else str(value)
+    parts = value if isinstance(value, list) else [value]
+    # Of a conversation what was said.
+    text = " / ".join(str(part["content"] if isinstance(part, dict) else part) for part in parts)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 

@@ -180,6 +180,12 @@ def test_rows_of_the_table_say_what_results_say(runner):
     assert "0.500 [0.400, 0.600]" in table and "a rule 0.100" in table
 
 
+def test_conversations_and_answers_are_shown_as_texts():
+    said = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "this"}]
+    assert run._cut(said) == "which? / this" and run._cut(["a", "b"]) == "a / b"
+    assert run._cut(-1.5) == "-1.5"
+
+
 def test_all_tasks_name_configs_and_data_that_there_are():
     from experiments.tasks.data import __main__ as data
 
