@@ -123,6 +123,17 @@ def test_a_tokenizer_of_ours_is_written_with_its_special_tokens(tmp_path):
     assert library.encode(TEXT).ids == trained.encode(TEXT).tolist()
 
 
+def test_a_run_on_conversations_is_written_with_its_template(tmp_path):
+    tokenizer = tokenizer_lib.train_bpe(CORPUS, 300)
+    chat = {"source": "{{ messages }}", "tokens": {}}
+    tokenizer_files.write(tmp_path, {}, tokenizer, chat)
+    assert (tmp_path / "chat_template.jinja").read_text() == chat["source"]
+    # What was converted keeps the template among its own files.
+    (tmp_path / "chat_template.jinja").unlink()
+    tokenizer_files.write(tmp_path, {"tokenizer_config.json": {"text": "{}"}}, tokenizer, chat)
+    assert not (tmp_path / "chat_template.jinja").exists()
+
+
 def test_vocab_and_merges_are_gpt2s(tmp_path, byte_level):
     model = byte_level["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
