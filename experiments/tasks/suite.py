@@ -50,9 +50,9 @@ class Task:
     outputs: Outputs | None
 
 
-def _train(name: str, config: str, argument: str = "") -> str:
-    argument = f":{argument}" * bool(argument)
-    return f"llm_jax.train --config={_CONFIGS}/{config}.py{argument} --workdir=runs/{name}"
+def _train(name: str, config: str, argument: str = "", more: str = "") -> str:
+    argument, more = f":{argument}" * bool(argument), f" {more}" * bool(more)
+    return f"llm_jax.train --config={_CONFIGS}/{config}.py{argument} --workdir=runs/{name}{more}"
 
 
 def _evaluate(name: str, task: str, data: str, more: str = "") -> str:
@@ -75,6 +75,23 @@ def _chat(name: str) -> str:
 def _french(name: str, config: str = "") -> str:
     like = f"--config={_CONFIGS}/{config}" * bool(config)
     return _evaluate(name, "generation", "translation_fr", f"--max_tokens=64 {like}".strip())
+
+
+def _preprocessed(name: str, stages: str) -> Task:
+    """Returns spam by MiniLM, its mails preprocessed as the classic pipeline does."""
+    baseline = "spam-baseline-" + stages.replace(",", "-")
+    return Task(
+        f"SpamAssassin, by MiniLM, after {stages.replace(',', ', ')}",
+        ("spam",),
+        ("minilm",),
+        {
+            "train": _train(name, "spam", "runs/minilm", f"--config.data.preprocessing={stages}"),
+            "evaluate": _evaluate(name, "classification", "spam"),
+        },
+        ("accuracy", "macro_f1"),
+        (("TF-IDF and a linear SVM after the same", baseline, "accuracy"),),
+        Outputs("classification-test.jsonl", None),
+    )
 
 
 TASKS: dict[str, Task] = {
@@ -102,6 +119,9 @@ TASKS: dict[str, Task] = {
         (("TF-IDF and a linear SVM", "spam-baseline", "accuracy"),),
         Outputs("classification-test.jsonl", None),
     ),
+    "spam_segment": _preprocessed("spam_segment", "normalise,segment"),
+    "spam_stop_words": _preprocessed("spam_stop_words", "normalise,segment,stop_words"),
+    "spam_stem": _preprocessed("spam_stem", "normalise,segment,stop_words,stem"),
     "spam_decoder": Task(
         "SpamAssassin, by SmolLM2 with a head and low-rank updates",
         ("spam",),

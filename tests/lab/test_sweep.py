@@ -311,7 +311,8 @@ def test_values_of_layers_are_drawn_by_their_largest():
 
 
 @pytest.mark.parametrize(
-    "name", ["activations", "positions", "norm_placement", "kv_heads", "lr_sensitivity"]
+    "name",
+    ["activations", "positions", "norm_placement", "kv_heads", "lr_sensitivity", "mup_widths"],
 )
 def test_ablations_are_fair_and_their_full_sizes_are_configs(name):
     import importlib
