@@ -312,11 +312,18 @@ def test_packing_that_the_objective_does_not_take(objective, packing):
         ("span", {"input_fields": "a"}, ["data.input_fields = 'a'", "question,context"]),
         ("contrastive", {"input_fields": "a,b"}, ["data.input_fields = 'a,b'", "takes one"]),
         ("sequence", {"source": "text:x"}, ["data.source = 'text:x'", "jsonl:GLOB"]),
+        ("chat", {"input_fields": "a,b"}, ["data.input_fields = 'a,b'", "of a conversation"]),
+        ("chat", {"tokenizer": "train_bpe:300"}, ["'train_bpe:300'", "workdir:PATH"]),
+        ("preference", {"target_field": "a"}, ["data.target_field = 'a'", "chosen,rejected"]),
+        ("preference", {"target_field": "a,b"}, ["tune.start = ''", "name its workdir"]),
     ],
 )
 def test_examples_that_the_objective_does_not_take(objective, data, parts):
-    head = "none" if objective == "contrastive" else objective
-    model = config_lib.ModelConfig(architecture="encoder", head=head)
+    is_of_decoder = objective in config_lib.CHAT_OBJECTIVES
+    heads = {"contrastive": "none"} | dict.fromkeys(config_lib.CHAT_OBJECTIVES, "lm")
+    head = heads[objective] if objective in heads else objective
+    architecture = "decoder" if is_of_decoder else "encoder"
+    model = config_lib.ModelConfig(architecture=architecture, head=head)
     config = config_lib.RunConfig(
         model=model,
         data=config_lib.DataConfig(**data),
@@ -338,15 +345,17 @@ def test_each_objective_is_for_some_model():
             continue
         config = config_lib.from_dict(_set(path, [architecture, head, objective]))
         fields = "question,context" if objective == "span" else "text"
-        data = dataclasses.replace(config.data, input_fields=fields)
+        target = "chosen,rejected" if objective == "preference" else "label"
+        data = dataclasses.replace(config.data, input_fields=fields, target_field=target)
+        tune = dataclasses.replace(config.tune, start="somewhere")
         try:
-            config_lib.check_objective(dataclasses.replace(config, data=data))
+            config_lib.check_objective(dataclasses.replace(config, data=data, tune=tune))
         except errors.UserError:
             continue
         taken.add((architecture, objective))
         wanted = {"contrastive": "none"} | {name: name for name in config_lib.HEADS}
         assert head == (wanted[objective] if objective in wanted else "lm")
-    assert len(taken) == 9 + 5 + 3
+    assert len(taken) == 11 + 5 + 3
 
 
 @pytest.mark.parametrize(

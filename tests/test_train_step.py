@@ -187,7 +187,7 @@ def _step(config):
 def _state(config, seed=0, **fields):
     """Returns a state of random parameters, as `init_state` gives but for these."""
     model = _model(config, seed)
-    optimizer, _ = train_step._optimizer(config)
+    optimizer, _ = train_step.make_optimizer(config)
     state = train_step.TrainState(
         jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), model, optimizer.init(model)
     )

@@ -46,10 +46,12 @@ def _cache(inputs, targets, dtype=np.int32):
 
 def _stage(cache, objective, architecture, *, length=32, target_length=16, **changes):
     model = {"architecture": architecture, "vocab_size": 512}
-    heads = {"seq2seq": "lm", "contrastive": "none"}
+    heads = {"seq2seq": "lm", "contrastive": "none"} | dict.fromkeys(schema.CHAT_OBJECTIVES, "lm")
     head = heads[objective] if objective in heads else objective
     model |= {"head": head, "decoder_start_id": 7}
-    data = {"sequence_length": length, "input_fields": ",".join("ab"[: len(cache.inputs)])}
+    num_fields = 1 if objective in schema.CHAT_OBJECTIVES else len(cache.inputs)
+    data = {"sequence_length": length, "input_fields": ",".join("ab"[:num_fields])}
+    data |= {"target_field": "a,b"} if objective == "preference" else {}
     settings = {"name": objective, "target_length": target_length}
     for name, value in changes.items():
         for section, kind in (
@@ -63,6 +65,7 @@ def _stage(cache, objective, architecture, *, length=32, target_length=16, **cha
         model=config_lib.ModelConfig(**model),
         data=config_lib.DataConfig(**data),
         objective=config_lib.ObjectiveConfig(**settings),
+        tune=config_lib.TuneConfig(start="somewhere"),
     )
     config_lib.check(config)
     config_lib.check_objective(config)
@@ -362,12 +365,15 @@ def test_batches_have_the_shapes_that_plans_assume(architecture, objective):
             config = dataclasses.replace(config, model=model)
             stage, _ = streams.make(config, streams.mixed())
         else:
-            inputs = [[[1]], [[2]]] if objective == "span" else [[[1]]]
+            inputs = [[[1]], [[2]]] if objective in ("span", "preference") else [[[1]]]
             target = [[0, 0]] if objective == "span" else [[1]]
             stage = _stage(_cache(inputs, target), objective, architecture, **changes)
             config = stage._config
         data = dataclasses.replace(config.data, batch_size=3)
         expected = steps.abstract_batch(dataclasses.replace(config, data=data), mesh)
+        if objective == "preference":  # which the model of the start adds
+            assert expected.reference.shape == (3, 2)
+            expected = expected._replace(reference=None)
         made = _batch(stage, [0, -1, -1])
         for name, mine, theirs in zip(made._fields, made, expected, strict=True):
             assert (mine is None) == (theirs is None), name

@@ -27,6 +27,8 @@ ELSEWHERE |= {"embed_dim", "vocab_size", "max_length", "init_stddev"}
 # Of other families, and of labels.
 ELSEWHERE |= {"architecture", "num_decoder_layers", "num_token_types", "decoder_start_id"}
 ELSEWHERE |= {"head", "pooling", "use_pooler", "num_labels"}
+# Of `test_parametrisation`.
+ELSEWHERE |= {"parametrisation", "base_width", "base_depth", "base_head_dim"}
 
 
 def _config(name, **changes):
