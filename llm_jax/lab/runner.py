@@ -26,6 +26,13 @@ from llm_jax import metrics as metrics_lib
 from llm_jax.lab import results as results_lib
 from llm_jax.lab import sweep as sweep_lib
 
+# `python -m`, on some cores: a child sets them itself, as a process with threads must not fork to do it.
+_PINNED = """
+import os, runpy, sys
+os.sched_setaffinity(0, set(map(int, sys.argv[1].split(","))))
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 _LAST_LINES = 4  # of what a failed run said
 
 
@@ -81,13 +88,12 @@ class Local:
             shutil.rmtree(self.workdir(run), ignore_errors=True)
 
     def _command(self, argv: list[str], cores: Sequence[int]) -> subprocess.CompletedProcess:
-        pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+        how = ["-c", _PINNED, ",".join(map(str, cores))] if cores else ["-m"]
         return subprocess.run(
-            [sys.executable, "-m", *argv],
+            [sys.executable, *how, *argv],
             capture_output=True,
             text=True,
             check=False,
-            preexec_fn=pin,
             cwd=self.root,
         )
 
