@@ -185,6 +185,8 @@ def rows_of(workdir: pathlib.Path, name: str) -> list[dict[str, Any]]:
 
 
 def _cut(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.1f}"
     parts = value if isinstance(value, list) else [value]
     # Of a conversation what was said.
     text = " / ".join(str(part["content"] if isinstance(part, dict) else part) for part in parts)
