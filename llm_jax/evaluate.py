@@ -123,10 +123,8 @@ def main() -> None:
     names = [name.strip() for name in given.tasks]
 
     def read(step_dir: epath.Path, meta: checkpoint.Meta) -> list[dict[str, Any]]:
-        like = meta.config if other is None else other
-        changed = dataclasses.replace(
-            meta.config, data=_data(like.data), objective=like.objective, tune=like.tune
-        )
+        changed = meta.config if other is None else scored_like(meta.config, other)
+        changed = dataclasses.replace(changed, data=_data(changed.data))
         for name in names:
             if name != "loss":
                 tasks.check(name, changed)
@@ -139,6 +137,11 @@ def main() -> None:
         if "task" in found:
             print(tasks.table(found), file=sys.stderr)
         print(json.dumps(found))
+
+
+def scored_like(config: config_lib.RunConfig, other: config_lib.RunConfig) -> config_lib.RunConfig:
+    """Returns the config of a run with the data and the objective of another one."""
+    return dataclasses.replace(config, data=other.data, objective=other.objective, tune=other.tune)
 
 
 def _data(data: config_lib.DataConfig) -> config_lib.DataConfig:

@@ -88,7 +88,9 @@ def _of_update(
     optimizer, _ = train_step.make_optimizer(config)
     learned, _ = tuning.split(config, state.model)
     updates, _ = optimizer.update(
-        train_step.clipped(config, grads, optax.global_norm(grads)), state.opt_state, learned
+        train_step.clipped(config, grads, optax.global_norm(grads)),
+        train_step.moments(config, state),
+        learned,
     )
     updates = tuning.scaled(updates, tuning.rates(config, learned))
     squares = [_squares_of_layers(trees.by_name(tree)) for tree in (grads, updates, learned)]
@@ -127,7 +129,9 @@ def _noise_scale(
 ) -> jax.Array | None:
     """Returns the noise scale in rows, of the gradients of the halves of a batch; None if devices cannot halve it."""
     num_rows = len(batch.tokens)
-    if num_rows % (2 * placement.num_parts(model.rules.act("B")[0])):
+    # Each half is split into microbatches as the whole is.
+    pieces = placement.num_parts(model.rules.act("B")[0]) * config.optim.accumulation_steps
+    if num_rows % (2 * pieces):
         return None
     # Every second row: halves stay on their devices.
     halves = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]).swapaxes(0, 1), batch)

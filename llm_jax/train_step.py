@@ -75,6 +75,13 @@ def _moved(opt_state: Any, space: jax.memory.Space) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
 
 
+def moments(config: config_lib.RunConfig, state: TrainState) -> Any:
+    """Returns the optimiser's state where an update reads it: on the devices."""
+    if not config.optim.offload_state:
+        return state.opt_state
+    return _moved(state.opt_state, jax.memory.Space.Device)
+
+
 def abstract_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> TrainState:
     """Returns the state before the first step as shapes with places. Call it under a mesh."""
     state = jax.eval_shape(lambda: init_state(config, rules))
@@ -283,9 +290,7 @@ def train_step(
     with jax.named_scope("update"):
         grad_norm = optax.global_norm(grads)
         grads = clipped(config, grads, grad_norm)
-        before = state.opt_state
-        if config.optim.offload_state:
-            before = _moved(before, jax.memory.Space.Device)
+        before = moments(config, state)
         learned, still = tuning.split(config, state.model)
         updates, opt_state = optimizer.update(grads, before, learned)
         updates = tuning.scaled(updates, tuning.rates(config, learned))

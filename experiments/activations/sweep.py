@@ -4,7 +4,7 @@ from experiments import small
 from llm_jax.lab import analysis
 from llm_jax.lab import sweep
 
-# Three matrices instead of two: two thirds of the width, to the next multiple that the full size likes.
+# Three matrices instead of two: two thirds of the width.
 _GATED = {"model.is_gated": True, "model.mlp_dim": 341}
 _RATES = (1e-3, 2e-3, 4e-3)
 
@@ -16,7 +16,7 @@ def _variant(name, activation, is_gated=False):
 def full_size(name):
     """Returns GPT-2 124M with a variant's activation."""
     changes = {path.partition(".")[2]: v for path, v in SWEEP.variant(name).changes.items()}
-    changes["mlp_dim"] = 2048 if changes.get("is_gated", False) else 3072
+    changes["mlp_dim"] = 2048 if "is_gated" in changes else 3072
     return small.gpt2(**changes)
 
 

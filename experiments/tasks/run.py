@@ -37,9 +37,8 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 _LONGEST = 240  # characters of a text that is shown
 
 
-def stages_of(name: str, task: suite.Task) -> dict[str, str]:
+def stages_of(task: suite.Task) -> dict[str, str]:
     """Returns all commands of a task by their stage: data, models, then its own."""
-    del name
     found = {f"data {data}": f"experiments.tasks.data {data}" for data in task.data}
     for model in task.models:
         found[f"model {model}"] = f"experiments.tasks.models {model} runs/{model}"
@@ -67,7 +66,7 @@ class Runner:
           errors.UserError: a stage failed; what it said stands above.
         """
         said = ""
-        for stage, line in stages_of(self._name, self._task).items():
+        for stage, line in stages_of(self._task).items():
             said = self._stage(stage, line)
         return self._row(said)
 
@@ -75,7 +74,7 @@ class Runner:
         """Runs a command if need be; returns the last line that it printed."""
         done = self._stages()
         if self._is_done(stage, line, done):
-            return done.get(stage, {}).get("said", "")
+            return done[stage]["said"] if stage in done else ""
         print(f"{self._name}: {stage}: python -m {line}", flush=True)
         started = time.monotonic()
         process = subprocess.Popen(
@@ -119,8 +118,9 @@ class Runner:
             return (data_command.FOLDER / which.replace(":", "_") / "about.json").exists()
         if kind == "model":
             return (self._runs / which).exists()
-        own = done.get(stage, {})
-        return not self._is_again and own.get("is_done", False) and own["command"] == line
+        if self._is_again or stage not in done:
+            return False
+        return done[stage]["is_done"] and done[stage]["command"] == line
 
     def _argv(self, line: str) -> list[str]:
         """Returns a command with `runs/` as the folder of this machine."""
@@ -136,9 +136,9 @@ class Runner:
         done = self._stages()
         return {
             "title": self._task.title,
-            "commands": list(stages_of(self._name, self._task).values()),
+            "commands": list(stages_of(self._task).values()),
             "seconds": {stage: done[stage]["seconds"] for stage in self._task.commands},
-            "examples": found.get("examples", found.get("queries")),
+            "examples": next((found[key] for key in ("examples", "queries") if key in found), None),
             "scores": found["scores"] if "scores" in found else {},
             "found": {key: value for key, value in found.items() if key in ("runs", "score")},
             "baselines": [self._baseline(*one) for one in self._task.baselines],

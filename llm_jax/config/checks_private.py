@@ -22,11 +22,12 @@ def check(config: schema.RunConfig) -> None:
     mesh, moe = config.mesh, config.model.moe
     wanted = {
         "data.mixture": (config.data.mixture, ("",), "rows are drawn from one source"),
+        "train.telemetry_every": (config.train.telemetry_every, (0,), "it tells of single batches"),
         "data.packing": (config.data.packing, (packing,), "a row is what is protected"),
         "objective.name": (
             config.objective.name,
-            tuple(name for name in schema.OBJECTIVES if name != "contrastive"),
-            "pairs of a batch are compared with each other",
+            tuple(n for n in schema.OBJECTIVES if n not in ("contrastive", "preference")),
+            "a row's loss is the mean over its own tokens or labels",
         ),
         "model.moe.num_experts": (moe.num_experts, (0,), "routers are balanced over rows"),
         "optim.accumulation_steps": (o.accumulation_steps, (1,), "rows are taken one by one"),

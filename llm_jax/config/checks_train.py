@@ -36,6 +36,12 @@ def check(config: schema.RunConfig) -> None:
     values.require_at_least("train", t, 0, "telemetry_every")
     is_logged = t.telemetry_every % max(t.log_every, 1) == 0
     values.require(is_logged, "train.telemetry_every", t.telemetry_every, "a multiple of log_every")
+    values.require(
+        not t.telemetry_every or config.mesh.context != "ring",
+        "train.telemetry_every",
+        t.telemetry_every,
+        "layers are looked at with all keys at hand, which mesh.context = 'ring' has not: use 0",
+    )
     values.require_choice("train", t, "on_nonfinite", schema.NONFINITE)
     values.require_choice("train", t, "cross_entropy", schema.CROSS_ENTROPIES)
     values.require_at_least("checkpoint", config.checkpoint, 0, "every")

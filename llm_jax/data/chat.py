@@ -237,5 +237,6 @@ def end_ids(template: Template, tokenizer: tokenizer_lib.Tokenizer) -> frozenset
     asked = [{"role": "user", "content": "x"}]
     answered = [*asked, {"role": ANSWERS, "content": "y"}]
     ids, is_answer = encode_conversation(template, tokenizer, answered)
-    special = set(tokenizer.special_tokens.values())
-    return frozenset(int(token) for token in ids[is_answer] if int(token) in special)
+    # What else is special in an answer, such as where thinking begins, ends nothing.
+    last = int(ids[is_answer][-1])
+    return frozenset({last} & set(tokenizer.special_tokens.values()))

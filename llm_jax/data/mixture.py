@@ -3,7 +3,7 @@
     config.data.mixture = "0.25=jsonl:old/*.jsonl;0.1=tfds:state_of_the_union"
 
 Which source a row is of, and which of its items it holds, follows from the row's number alone: after any number of
-rows each source has had its share of them, less than one row aside for each. A run that resumes, or runs on other
+rows each source has had its share of them, less than two rows aside. A run that resumes, or runs on other
 hosts, goes on as it was. Replay of old data against forgetting is such a mixture (Robins 1995; Ibrahim et al. 2024).
 """
 
@@ -40,7 +40,7 @@ def parse(spec: str) -> list[tuple[int, str]]:
             value = float(share)
         except ValueError:
             value = math.nan
-        if not (equals and source and 0 < value < 1):
+        if not (equals and source and 1 / UNIT <= value < 1):
             raise errors.UserError(
                 f"config.data.mixture = {spec!r}: {entry!r} is no share and its source; write"
                 " '0.25=jsonl:old/*.jsonl;0.1=tfds:NAME', shares between 0 and 1"

@@ -130,7 +130,7 @@ def _mixed(numbers: Any, seed: int, parts: Sequence[mixture.Part]) -> Any:
     """Returns the items of a mixture's rows, int64 [B], counted over all its sources.
 
     Of the rows that the sources before have left, source k takes row n where n * share passes a whole
-    number; so its count never strays from its share by a row.
+    number; so its count never strays from its share of those by a row.
     """
     items, left, start = tf.zeros_like(numbers), mixture.UNIT, 0
     is_open = tf.ones_like(numbers, tf.bool)

@@ -39,9 +39,7 @@ def score(
     with tempfile.TemporaryDirectory() as folder:
 
         def read(step_dir: Any, meta: checkpoint.Meta) -> dict[str, Any]:
-            config = dataclasses.replace(
-                meta.config, data=like.data, objective=like.objective, tune=like.tune
-            )
+            config = evaluate.scored_like(meta.config, like)
             tasks.check(task, config)
             meta = dataclasses.replace(meta, config=config)
             # What generates loads the run itself: its files go beside the run's own.

@@ -5,7 +5,6 @@ program of its training step. A result is of now if its settings are, and either
 lowers to the same program: changes elsewhere do not make runs stale. Data and evaluation are not in the program.
 """
 
-from collections.abc import Iterable
 from collections.abc import Mapping
 import dataclasses
 import functools
@@ -147,8 +146,3 @@ def thinned(points: list[Any], most: int = _MOST_POINTS) -> list[Any]:
         return points
     picked = sorted({round(i * (len(points) - 1) / (most - 1)) for i in range(most)})
     return [points[i] for i in picked]
-
-
-def names(runs: Iterable[sweep_lib.Run]) -> list[str]:
-    """Returns the names of runs."""
-    return [run.name for run in runs]

@@ -64,6 +64,8 @@ def test_what_is_read_before_an_answer_is_what_generation_reads():
 def test_ends_of_turns_are_the_special_tokens_of_answers():
     end = TOKENIZER.special_tokens["<|im_end|>"]
     assert chat.end_ids(_template(), TOKENIZER) == {end}
+    thinking = CHATML.replace("message['content']", "'<|im_start|>' + message['content']")
+    assert chat.end_ids(_template(thinking), TOKENIZER) == {end}
     plain = chat.Template(chat.PLAIN, {"eos_token": ""})
     assert chat.end_ids(plain, TOKENIZER) == frozenset()
 

@@ -71,6 +71,7 @@ def test_a_run_that_resumes_and_hosts_that_share_it_see_the_same():
         ("jsonl:x", "is no share and its source"),
         ("1.5=jsonl:x", "is no share"),
         ("0.5=", "is no share"),
+        ("0.0000001=text:a", "is no share"),
         ("0.5=text:a;0.5=text:b", "leave nothing to data.source"),
     ],
 )

@@ -31,7 +31,7 @@ def _sweep(**changes):
 def test_a_run_is_the_base_and_its_differences():
     own = _sweep(grid=GRID)
     runs = own.runs()
-    assert len(runs) == len(set(results.names(runs))) == 2 * 4 * 3
+    assert len(runs) == len({run.name for run in runs}) == 2 * 4 * 3
     run = sweep.Run("gelu", (("optim.learning_rate", 1e-2), ("train.z_loss", 1e-4)), 2)
     assert run in runs
     config = own.config(run)
