@@ -6,7 +6,7 @@
     python -m llm_jax.evaluate --workdir=runs/newsgroups --tasks=classification \
         --source='jsonl:~/.cache/llm_jax/tasks/newsgroups/test.jsonl'
 
-Slice: cpu. Data: 10,093 posts, of which the first 128 tokens are read.
+Slice: cpu. Data: 10,093 posts, of which the first 256 tokens are read.
 Expected: see `experiments/tasks/README.md`.
 """
 
@@ -21,7 +21,7 @@ def get_config(arg: str = "runs/minilm"):
         head="sequence", num_labels=20, pooling="mean", use_pooler=False, dropout=0.1
     )
     config.objective.name = "sequence"
-    config.data.update(source=f"jsonl:{FOLDER}/train.jsonl", batch_size=32, sequence_length=128)
+    config.data.update(source=f"jsonl:{FOLDER}/train.jsonl", batch_size=32, sequence_length=256)
     config.data.eval_source = f"jsonl:{FOLDER}/validation.jsonl"
     config.tune.layer_decay = 0.85
     config.optim.update(learning_rate=3e-4, schedule="linear", warmup_steps=60, weight_decay=0.01)
