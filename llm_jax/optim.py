@@ -16,6 +16,9 @@ from optax import contrib
 
 from llm_jax import config as config_lib
 from llm_jax import dims
+from llm_jax import soap
+
+_WEIGHT_POWER = 2  # of the learning rate, as the weight of a step in schedule-free's average
 
 
 def make_schedule(config: config_lib.OptimConfig, num_steps: int) -> optax.Schedule:
@@ -59,7 +62,8 @@ def make_optimizer(
 
     Sources: AdamW Loshchilov and Hutter 2019; Lion Chen et al. 2023; Adafactor Shazeer and Stern
     2018; Muon Jordan et al. 2024, with the RMS matching of Liu et al. 2025 (section 2.2) so that it
-    takes AdamW's learning rate and weight decay, and AdamW for embeddings, head and vectors.
+    takes AdamW's learning rate and weight decay, and AdamW for embeddings, head and vectors; SOAP Vyas et al. 2024, with
+    AdamW for the same; schedule-free AdamW Defazio et al. 2024.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     if config.name == "adamw":
@@ -70,15 +74,64 @@ def make_optimizer(
         direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     elif config.name == "muon":
         direction = optax.partition({"muon": _muon(config), "adam": adam}, muon_labels)
+    elif config.name == "soap":
+        own = soap.scale_by_soap(
+            config.b1, config.b2, config.epsilon, config.soap_every, config.soap_max_width
+        )
+        direction = optax.partition({"soap": own, "adam": adam}, soap_labels)
+    elif config.name == "schedule_free":
+        # Adam without a first moment, whose place the average takes.
+        direction = optax.scale_by_rms(
+            config.b2, config.epsilon, eps_in_sqrt=False, bias_correction=True
+        )
     else:
         direction = optax.trace(config.b1)
     if factors is not None:
         direction = optax.chain(direction, _scaled_by(factors))
-    return optax.chain(
+    optimizer = optax.chain(
         direction,
         optax.add_decayed_weights(_decay(config), mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
+    return _averaged(optimizer, schedule, config.b1) if is_averaged(config) else optimizer
+
+
+def is_averaged(config: config_lib.OptimConfig) -> bool:
+    """Returns whether parameters are an average of those that the optimiser moves."""
+    return config.name == "schedule_free"
+
+
+def gradient_point(config: config_lib.OptimConfig, opt_state: Any, params: Any) -> Any:
+    """Returns the parameters that the gradient is taken at: those of the model, but for schedule-free.
+
+    Between the average x and what moves, z: y = (1 - b1) z + b1 x (Defazio et al. 2024, equation 3).
+    """
+    if not is_averaged(config):
+        return params
+    return _between(config.b1, opt_state.z, params)
+
+
+def _between(b1: float, moving: Any, average: Any) -> Any:
+    # As a difference, which is nothing where both are the same.
+    return jax.tree.map(lambda z, x: x + (1 - b1) * (z - x), moving, average)
+
+
+def _averaged(
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule, b1: float
+) -> optax.GradientTransformation:
+    """Returns optax's schedule-free, whose parameters are y, for those of the model to be x.
+
+    So what is evaluated, saved and sampled from is what the method is about, and no one else has to know.
+    """
+    inner = contrib.schedule_free(optimizer, schedule, b1, _WEIGHT_POWER)
+
+    def update(updates, state, params):
+        _, state = inner.update(updates, state, _between(b1, state.z, params))
+        # The share of what moves in the average, as `inner` has it.
+        share = state.max_lr**_WEIGHT_POWER / jnp.maximum(state.weight_sum, 1e-38)
+        return jax.tree.map(lambda z, x: share * (z - x), state.z, params), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _scaled_by(factors: Callable[[Any], Any]) -> optax.GradientTransformation:
@@ -142,9 +195,17 @@ def _weight_dims(path: tuple[Any, ...]) -> str:
 
 def muon_labels(params: Any) -> Any:
     """Returns a tree of labels, `muon` or `adam`, one for each parameter."""
+    return _matrix_labels(params, "muon")
 
+
+def soap_labels(params: Any) -> Any:
+    """Returns a tree of labels, `soap` or `adam`, one for each parameter."""
+    return _matrix_labels(params, "soap")
+
+
+def _matrix_labels(params: Any, name: str) -> Any:
     def label(path, _):
-        return "muon" if _weight_dims(path) in dims.MATRICES else "adam"
+        return name if _weight_dims(path) in dims.MATRICES else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

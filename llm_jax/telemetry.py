@@ -45,9 +45,10 @@ def observe(
     # A copy: its attentions are watched in place.
     found = _of_forward(config, jax.tree.map(lambda x: x, state.model), batch)
     key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
-    grads, _, _ = train_step.gradients(config, state.model, batch, key)
+    point = train_step.gradient_point(config, state)
+    grads, _, _ = train_step.gradients(config, point, batch, key)
     found |= _of_update(config, state, grads)
-    noise = _noise_scale(config, state.model, batch, key)
+    noise = _noise_scale(config, point, batch, key)
     return found if noise is None else found | {"telemetry/gradient_noise_scale": noise}
 
 

@@ -82,6 +82,15 @@ def moments(config: config_lib.RunConfig, state: TrainState) -> Any:
     return _moved(state.opt_state, jax.memory.Space.Device)
 
 
+def gradient_point(config: config_lib.RunConfig, state: TrainState) -> build.Model:
+    """Returns the model that a step takes its gradient at; see `optim.gradient_point`."""
+    if not optim.is_averaged(config.optim):
+        return state.model
+    learned, still = tuning.split(config, state.model)
+    point = optim.gradient_point(config.optim, moments(config, state), learned)
+    return tuning.join(point, still)
+
+
 def abstract_state(config: config_lib.RunConfig, rules: sharding.AxisRules) -> TrainState:
     """Returns the state before the first step as shapes with places. Call it under a mesh."""
     state = jax.eval_shape(lambda: init_state(config, rules))
@@ -286,7 +295,7 @@ def train_step(
     optimizer, schedule = make_optimizer(config)
     key = jax.random.fold_in(jax.random.key(config.train.seed + 1), state.step)
     with jax.named_scope("gradients"):
-        grads, sums, routed = gradients(config, state.model, batch, key)
+        grads, sums, routed = gradients(config, gradient_point(config, state), batch, key)
     with jax.named_scope("update"):
         grad_norm = optax.global_norm(grads)
         grads = clipped(config, grads, grad_norm)

@@ -142,6 +142,28 @@ def test_section_that_is_no_section():
         ("data.sequence_length", 2048, ["data.sequence_length = 2048", "1024", "max_length"]),
         ("optim.accumulation_steps", 3, ["optim.accumulation_steps = 3", "batch_size = 8"]),
         ("optim.warmup_steps", 1001, ["optim.warmup_steps = 1001", "num_steps = 1000"]),
+        ("optim.soap_every", 0, ["optim.soap_every = 0", "at least 1"]),
+        ("optim.name", "schedule_free", ["optim.schedule = 'cosine'", "use 'constant'"]),
+        (
+            "optim.name;optim.schedule;optim.b1",
+            ["schedule_free", "constant", 0.0],
+            ["optim.b1 = 0.0", "above 0"],
+        ),
+        (
+            "optim.name;optim.schedule;tune.layer_decay",
+            ["schedule_free", "constant", 0.9],
+            ["tune.layer_decay = 0.9", "use 1.0"],
+        ),
+        (
+            "optim.name;optim.schedule;tune.frozen_layers",
+            ["schedule_free", "constant", 1],
+            ["tune.frozen_layers = 1", "use tune.freeze"],
+        ),
+        (
+            "optim.name;optim.schedule;model.moe.num_experts",
+            ["schedule_free", "constant", 4],
+            ["optim.name = 'schedule_free'", "dense"],
+        ),
         ("mesh.data;mesh.tensor", [-1, -1], ["config.mesh", "only one may be -1"]),
         ("mesh.data", 0, ["mesh.data = 0", "-1"]),
         ("mesh.tensor", -2, ["mesh.tensor = -2"]),
@@ -267,7 +289,8 @@ def test_value_that_will_not_do(path, value, parts):
 )
 def test_choices(path, choices):
     for choice in choices:
-        config_lib.from_dict(_set(path, choice))
+        # What schedule_free asks for, and nothing else minds.
+        config_lib.from_dict(_set(f"optim.schedule;{path}", ["constant", choice]))
     typo = choices[0][:-1]
     message = _message(_set(path, typo))
     assert f"config.{path} = {typo!r}" in message and ", ".join(choices) in message

@@ -231,6 +231,28 @@ def test_clipping_bounds_the_update(one_device, clip_norm):
     assert norm == pytest.approx(config.optim.learning_rate * wanted, rel=2e-3)
 
 
+def test_schedule_free_takes_the_gradient_beside_the_model(one_device):
+    """The loss of a step is that of the point between the average and what moves; evaluation's is the average's."""
+    names = {"name": "schedule_free", "schedule": "constant", "warmup_steps": 0}
+    config = _run(optim=names | {"learning_rate": 0.1})
+    state, batch = _state(config), _place(_ragged(config))
+    for _ in range(2):
+        state, _ = _step(config)(state, batch)
+    point = train_step.gradient_point(config, state)
+    average, moving = (jax.tree.leaves(x) for x in (state.model, state.opt_state.z))
+    for y, x, z in zip(jax.tree.leaves(point), average, moving, strict=True):
+        np.testing.assert_allclose(y, 0.9 * x + 0.1 * z, rtol=1e-5, atol=1e-6)
+
+    def loss(model):
+        sums = train_step.make_eval_step(config)(model, batch)
+        return float(sums.cross_entropy / sums.weight)
+
+    wanted, of_average = loss(point), loss(state.model)
+    _, metrics = _step(config)(state, batch)
+    assert metrics["train/loss"] == pytest.approx(wanted, rel=1e-5)
+    assert abs(of_average - wanted) > 1e-3
+
+
 def test_same_seed_same_bits_and_other_seed_not(one_device, config):
     batch = _place(_ragged(config))
 

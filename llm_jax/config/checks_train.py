@@ -14,7 +14,8 @@ def check(config: schema.RunConfig) -> None:
     values.require_at_least(
         "optim", o, 0, "learning_rate", "weight_decay", "warmup_steps", "epsilon"
     )
-    values.require_at_least("optim", o, 1, "accumulation_steps")
+    values.require_at_least("optim", o, 1, "accumulation_steps", "soap_every", "soap_max_width")
+    _check_schedule_free(config)
     values.require(
         config.model.parametrisation == "standard" or o.name in ("adamw", "lion"),
         "optim.name",
@@ -58,3 +59,19 @@ def check(config: schema.RunConfig) -> None:
         o.accumulation_steps,
         f"it must divide data.batch_size = {config.data.batch_size}",
     )
+
+
+def _check_schedule_free(config: schema.RunConfig) -> None:
+    o = config.optim
+    if o.name != "schedule_free":
+        return
+    rule = "schedule_free averages instead of a decay: use 'constant'"
+    values.require(o.schedule == "constant", "optim.schedule", o.schedule, rule)
+    rule = "above 0: the gradient is taken between the average and what moves"
+    values.require(o.b1 > 0, "optim.b1", o.b1, rule)
+    rule = "schedule_free moves an average, whose steps cannot be scaled"
+    layer_decay, frozen = config.tune.layer_decay, config.tune.frozen_layers
+    values.require(layer_decay == 1.0, "tune.layer_decay", layer_decay, f"{rule}: use 1.0")
+    values.require(not frozen, "tune.frozen_layers", frozen, f"{rule}: use tune.freeze")
+    rule = "what routers move without a gradient schedule_free would take back: use a dense model"
+    values.require(not config.model.moe.is_on, "optim.name", o.name, rule)

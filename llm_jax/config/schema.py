@@ -27,7 +27,7 @@ OBJECTIVES_OF = {  # by architecture
     "encoder": ("mlm", "contrastive", *LABEL_OBJECTIVES),
     "encoder_decoder": ("span_corruption", "ul2", "seq2seq"),
 }
-OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "sgd")
+OPTIMIZERS = ("adamw", "lion", "adafactor", "muon", "soap", "schedule_free", "sgd")
 SCHEDULES = ("cosine", "linear", "wsd", "inverse_sqrt", "constant")
 NONFINITE = ("stop", "skip")
 RULES = ("fsdp", "fsdp_tp", "fsdp_cp", "fsdp_ep", "multislice", "dp", "tp")
@@ -306,10 +306,13 @@ class OptimConfig:
     schedule: str = "cosine"
     final_lr_fraction: float = 0.1  # of the peak, at the last step
     cooldown_fraction: float = 0.2  # wsd: the last part of the run, which decays linearly
-    b1: float = 0.9  # first moment (adamw, lion, muon's adam), momentum (sgd)
-    b2: float = 0.95  # second moment (adamw, lion, muon's adam)
+    # First moment (adamw, lion, soap, muon's adam), momentum (sgd), share of the average (schedule_free).
+    b1: float = 0.9
+    b2: float = 0.95  # second moment (adamw, lion, soap, schedule_free, muon's adam)
     epsilon: float = 1e-8
     muon_momentum: float = 0.95
+    soap_every: int = 10  # updates between refreshes of the eigenbases
+    soap_max_width: int = 8192  # a side of a matrix that is wider has no eigenbasis
     clip_norm: float | None = 1.0  # of the global gradient; None: no clipping
     accumulation_steps: int = 1  # microbatches that a step's batch is split into
     offload_state: bool = False  # moments wait in host memory for their update

@@ -189,12 +189,13 @@ def test_parameters_lie_as_the_rules_say(mesh):
     assert (num_sharded == 0) == (rules == "dp")
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon", "sgd"])
+@pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
 @pytest.mark.parametrize("mesh", ["dp", "fsdp", "fsdp_tp", "fsdp_cp", "multislice"])
 def test_optimiser_state_lies_as_its_parameters(name, mesh):
     device_mesh, axis_rules = _mesh(mesh)
+    optimizer = {"name": name, "schedule": "constant"}
     with jax.set_mesh(device_mesh):
-        state = _abstract_state(_config("gpt2", optim={"name": name}), axis_rules)
+        state = _abstract_state(_config("gpt2", optim=optimizer), axis_rules)
     parameters = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.model)[0]
@@ -206,7 +207,7 @@ def test_optimiser_state_lies_as_its_parameters(name, mesh):
             if text.endswith(parameter) and leaf.shape == wanted.shape:
                 assert leaf.sharding.spec == wanted.sharding.spec, text
                 num_matched += 1
-    moments = {"adamw": 2.0, "lion": 1.0, "sgd": 1.0, "adafactor": 1.0}
+    moments = {"adamw": 2, "soap": 2, "schedule_free": 2, "lion": 1, "sgd": 1, "adafactor": 1}
     if name in moments:
         assert num_matched == moments[name] * len(parameters)
     else:  # muon keeps one moment of a matrix and two of the rest
@@ -216,10 +217,13 @@ def test_optimiser_state_lies_as_its_parameters(name, mesh):
 
 @pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
 def test_update_equals_one_device(name):
-    """Of given gradients; widths are those from which on Adafactor factors its moments."""
+    """Of given gradients; widths are those from which on Adafactor factors its moments.
+
+    SOAP's bases are those of its axes: a first gradient leaves directions of which any is as good as another.
+    """
     widths = {"embed_dim": 128, "mlp_dim": 256, "scan_layers": True}
     model = helpers.tiny_model_config(**MODELS["gpt2"] | widths)
-    config = config_lib.OptimConfig(name=name)
+    config = config_lib.OptimConfig(name=name, soap_max_width=1)
 
     def run(shape, rules):
         mesh, axis_rules = helpers.make_mesh(shape, rules)
@@ -237,11 +241,44 @@ def test_update_equals_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_soap_of_a_given_state_equals_one_device_and_keeps_its_place():
+    """Refreshes are compared by what they see: they leave directions of which any is as good as another."""
+    model = helpers.tiny_model_config(**MODELS["gpt2"] | {"scan_layers": True})
+    # A larger epsilon: Adam divides what is zero but for rounding by it.
+    config = config_lib.OptimConfig(name="soap", soap_every=2, epsilon=1e-3)
+    optimizer = optim.make_optimizer(config, lambda step: 1.0)
+
+    def run(shape, rules, given=None):
+        mesh, axis_rules = helpers.make_mesh(shape, rules)
+        params = helpers.random_model(model, mesh, axis_rules)
+        with jax.set_mesh(mesh):
+            state = jax.jit(optimizer.init)(params)
+            leaves, tree = jax.tree.flatten(state)
+            places = [leaf.sharding for leaf in leaves]
+            update = jax.jit(optimizer.update)
+            if given is None:
+                _, state = update(helpers.random_model(model, mesh, axis_rules, 1), state, params)
+                assert update(params, state, params) and update._cache_size() == 1
+            else:
+                state = tree.unflatten(map(jax.device_put, given, places))
+            updates, after = update(params, state, params)
+            _, last = update(updates, after, params)
+        for leaf, place in zip(jax.tree.leaves(last), places, strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        return [jax.device_get(jax.tree.leaves(x)) for x in (state, updates, after)]
+
+    state, *wanted = run((1, 1, 1, 1, 1), "fsdp")
+    _, *found = run((1, 2, 1, 1, 2), "fsdp_tp", state)
+    helpers.assert_close(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon", "schedule_free"])
 def test_steps_equal_one_device_and_keep_their_place(name):
     """From `init_state`: the random draws of initialisation and dropout do not see the mesh."""
     # A larger epsilon: Adam divides what is zero but for rounding (gradients of key biases) by it.
-    config = _config("gpt2", optim={"name": name, "warmup_steps": 0, "epsilon": 1e-3})
+    optimizer = {"name": name, "warmup_steps": 0, "epsilon": 1e-3, "schedule": "constant"}
+    config = _config("gpt2", optim=optimizer)
 
     def run(shape, rules):
         mesh, axis_rules = helpers.make_mesh(shape, rules)
