@@ -8,7 +8,7 @@ LENGTH = 128  # bytes of a row
 
 
 def decoder(**changes: Any) -> Any:
-    """Returns the config, with changes of its model; runs take two to three minutes of a core."""
+    """Returns the config, with changes of its model; runs take a minute or two of a core."""
     config = config_lib.new()
     config.model.update(
         num_layers=4,
@@ -22,8 +22,8 @@ def decoder(**changes: Any) -> Any:
     )
     config.model.update(changes)
     config.data.update(batch_size=8, sequence_length=LENGTH, packing="concat")
-    config.optim.update(learning_rate=2e-3, warmup_steps=60)
-    config.train.update(num_steps=600, eval_every=100, eval_steps=60, log_every=20)
+    config.optim.update(learning_rate=2e-3, warmup_steps=40)
+    config.train.update(num_steps=400, eval_every=100, eval_steps=40, log_every=20)
     config.checkpoint.every = 0
     return config
 

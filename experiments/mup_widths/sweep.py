@@ -29,7 +29,7 @@ def _variant(parametrisation, width):
         # Of matrices at the base: the inverse root of its width.
         "model.init_stddev": _WIDTHS[0] ** -0.5 if parametrisation == "mup" else width**-0.5,
     }
-    return sweep.Variant(f"{parametrisation}_{width}", changes, is_exempt=width != _WIDTHS[0])
+    return sweep.Variant(f"{parametrisation}_{width}", changes, group=f"width {width}")
 
 
 def best_rates(table: analysis.Table, parametrisation: str) -> dict[int, list[float]]:

@@ -1,7 +1,8 @@
 """Results of a sweep to the rows of its table, and what is no fair comparison.
 
 A row is a variant at a point of the axes that are not tuned; of a tuned axis it has the value whose mean is best, of
-runs that did not diverge. It stands beside the baseline's row at the same point, which has a best value of its own.
+runs that did not diverge. It stands beside the baseline's row at the same point, which has a best value of its own; of
+another group of variants than the baseline's, beside the first of its group.
 """
 
 from collections.abc import Mapping
@@ -167,7 +168,7 @@ def tabulate(sweep: sweep_lib.Sweep, results: results_lib.Results) -> Table:
     """
     cells = {}
     for variant in sweep.variants:
-        for point in sweep.points():
+        for point in sweep.points(variant.name):
             by_seed = _by_seed(sweep, results, variant.name, point)
             cells[variant.name, point] = Cell(variant.name, point, by_seed)
     _check_seeds(sweep, cells)
@@ -232,10 +233,10 @@ def _rows(
 ) -> list[Row]:
     compared, pairs = [], []
     for (name, place), cell in chosen.items():
-        baseline = chosen[sweep.baseline, place]
+        baseline = chosen[sweep.reference(name), place]
         own, theirs = cell.values(), baseline.values()
         seeds = sorted(set(own) & set(theirs))
-        if name != sweep.baseline and len(seeds) >= 1:
+        if name != baseline.variant and len(seeds) >= 1:
             compared.append((name, place))
             pairs.append(([own[s] for s in seeds], [theirs[s] for s in seeds]))
     comparisons = dict(
@@ -254,7 +255,7 @@ def _rows(
                 tuple((path, value) for path, value in cell.point if path in sweep.tuned),
                 statistics.interval(values) if values else None,
                 comparisons.get((name, place)),
-                _speedup(sweep, cell, chosen[sweep.baseline, place], used),
+                _speedup(sweep, cell, chosen[sweep.reference(name), place], used),
                 used[name],
             )
         )

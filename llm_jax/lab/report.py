@@ -57,6 +57,9 @@ def draw(
         name = "curves_" + kept.rpartition("/")[2]
         if any(cell.curve(kept) for cell in table.cells.values()):
             found[figures.save(figures.curves(table, kept), folder, name)] = f"`{kept}`."
+    own = {} if table.sweep.pictures is None else table.sweep.pictures(table)
+    for name, (drawn, caption) in own.items():
+        found[figures.save(drawn, folder, name)] = caption
     drawn = figures.pareto(table, costs, metric)
     if drawn is not None:
         found[figures.save(drawn, folder, "pareto")] = (
@@ -79,7 +82,7 @@ def rows(table: analysis.Table, costs: Mapping[str, Mapping[str, Any]]) -> Lines
     found = [head]
     for row in table.rows:
         comparison = row.comparison
-        is_baseline = row.variant == sweep.baseline
+        is_baseline = row.variant == sweep.reference(row.variant)
         cells = [figures.label_of(row) + " (baseline)" * is_baseline]
         if sweep.tuned:
             cells.append(", ".join(f"{p.rpartition('.')[2]} {value:g}" for p, value in row.tuned))
@@ -121,15 +124,17 @@ def _p(value: float) -> str:
 def introduction(table: analysis.Table) -> list[str]:
     """Returns what a reader must know of the runs, a paragraph each."""
     sweep = table.sweep
-    base = sweep.config(sweep_lib.Run(sweep.baseline, next(sweep.points()), 0))
+    points = {one.name: list(sweep.points(one.name)) for one in sweep.variants}
+    base = sweep.config(sweep_lib.Run(sweep.baseline, points[sweep.baseline][0], 0))
     used = sweep_lib.usage(base)
     equal = ", ".join(f"{b.kind} (within {b.tolerance:.1%})" for b in sweep.budgets) or "nothing"
     exempt = [variant.name for variant in sweep.variants if variant.is_exempt]
+    is_grouped = len({variant.group for variant in sweep.variants}) > 1
     return [
         f"**Claim**: {sweep.claim} ({sweep.source}).",
-        f"{table.num_seeds} seeds of each of {len(sweep.variants)} variants at {len(list(sweep.points()))} points;"
+        f"{table.num_seeds} seeds of each of {len(sweep.variants)} variants at {len(points[sweep.baseline])} points;"
         f" the baseline has {used['parameters']:,} parameters and trains on {used['tokens']:,} tokens"
-        f" ({used['flops']:.2e} flops). Equal for all: {equal}"
+        f" ({used['flops']:.2e} flops). Equal for all{' of a group' * is_grouped}: {equal}"
         + (f"; but for {', '.join(exempt)}." if exempt else "."),
         f"The metric is `{sweep.metric}`, {'less' if sweep.is_less_better else 'more'} is better; a difference of"
         f" {sweep.smallest:g} counts. Intervals are Student's over seeds; differences are paired by seed, which"

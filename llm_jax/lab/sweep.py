@@ -53,11 +53,16 @@ class Variant:
       name: of letters, digits and underscores.
       changes: of settings.
       is_exempt: whether budgets do not bind it: a control that has more on purpose.
+      group: budgets bind, and tables compare, variants of one group: with the baseline, in other groups than its own
+        with their first.
+      grid: values of tuned axes that are its own, as an optimiser's learning rates may be.
     """
 
     name: str
     changes: Changes = dataclasses.field(default_factory=dict)
     is_exempt: bool = False
+    group: str = ""
+    grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Sweep:
       full_size: makes the config of a variant at the size that it is meant for; None: no cost is compiled.
       slice: that the full size is compiled for.
       findings: from an `analysis.Table` to what it shows of the claim.
+      pictures: from an `analysis.Table` to further figures of the report, with their captions, by name.
     """
 
     name: str
@@ -129,6 +135,7 @@ class Sweep:
     full_size: Callable[[str], ml_collections.ConfigDict] | None = None
     slice: str = "v5e:4x4"
     findings: Callable[[Any], list[Any]] | None = None
+    pictures: Callable[[Any], Mapping[str, tuple[Any, str]]] | None = None
 
     def __post_init__(self):
         names = [variant.name for variant in self.variants]
@@ -140,16 +147,30 @@ class Sweep:
             raise ValueError(
                 f"{self.name}: {self.tuned} are tuned, and the grid has {[*self.grid]}"
             )
+        for variant in self.variants:
+            # Other axes are what variants are compared at.
+            if not set(variant.grid) <= set(self.tuned):
+                raise ValueError(
+                    f"{self.name}: {variant.name} has values of its own of {[*variant.grid]}, and {self.tuned} are tuned"
+                )
         unknown = {budget.kind for budget in self.budgets} - set(_BUDGETS)
         if unknown:
             raise ValueError(f"{self.name}: budgets {unknown} are none of {_BUDGETS}")
 
     # --- runs -------------------------------------------------------------------------------------
 
-    def points(self) -> Iterator[Point]:
-        """Yields the points of the grid; one without axes."""
-        for values in itertools.product(*self.grid.values()):
-            yield tuple(zip(self.grid, values, strict=True))
+    def points(self, variant: str) -> Iterator[Point]:
+        """Yields the points of a variant's grid; one without axes."""
+        grid = {**self.grid, **self.variant(variant).grid}
+        for values in itertools.product(*grid.values()):
+            yield tuple(zip(grid, values, strict=True))
+
+    def reference(self, variant: str) -> str:
+        """Returns the variant that one stands beside, which may be itself."""
+        group = self.variant(variant).group
+        if group == self.variant(self.baseline).group:
+            return self.baseline
+        return next(one.name for one in self.variants if one.group == group)
 
     def runs(self, only: Sequence[str] = (), seeds: int | None = None) -> list[Run]:
         """Returns all runs, the first seed of each first.
@@ -172,7 +193,7 @@ class Sweep:
             Run(name, point, seed)
             for seed in range(self.seeds if seeds is None else seeds)
             for name in (only or known)
-            for point in self.points()
+            for point in self.points(name)
         ]
 
     def variant(self, name: str) -> Variant:
@@ -216,21 +237,20 @@ class Sweep:
         """Returns what each variant uses, at the first point of the grid, by kind of budget.
 
         Raises:
-          errors.UserError: one uses more, or less, than the baseline by more than the tolerance.
+          errors.UserError: one uses more, or less, than what it stands beside, by more than the tolerance.
         """
-        point = next(self.points())
         used = {
-            variant.name: usage(self.config(Run(variant.name, point, 0)))
+            variant.name: usage(self.config(Run(variant.name, next(self.points(variant.name)), 0)))
             for variant in self.variants
         }
         for budget in self.budgets:
-            wanted = used[self.baseline][budget.kind]
             for variant in self.variants:
-                ratio = used[variant.name][budget.kind] / wanted
+                reference = self.reference(variant.name)
+                ratio = used[variant.name][budget.kind] / used[reference][budget.kind]
                 if abs(ratio - 1) > budget.tolerance + 1e-9 and not variant.is_exempt:
                     raise errors.UserError(
                         f"{self.name}: {variant.name} has {ratio:.3f} times the {budget.kind} of"
-                        f" {self.baseline}, where {budget.tolerance:g} either way is allowed: make them equal, or"
+                        f" {reference}, where {budget.tolerance:g} either way is allowed: make them equal, or"
                         " exempt it by name"
                     )
         return used
