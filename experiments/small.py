@@ -28,6 +28,28 @@ def decoder(**changes: Any) -> Any:
     return config
 
 
+def era_probe(**changes: Any) -> dict[str, Any]:
+    """Returns a probe: which half century a passage of an address is from, all weights trained for a few steps.
+
+    Its files are `python -m experiments.tasks.data passages`'s.
+    """
+    folder = "~/.cache/llm_jax/tasks/passages"
+    return {
+        "objective.name": "sequence",
+        "model.head": "sequence",
+        "model.num_labels": 4,
+        "data.source": f"jsonl:{folder}/train.jsonl",
+        "data.eval_source": f"jsonl:{folder}/validation.jsonl",
+        "data.packing": "none",
+        "data.batch_size": 16,
+        "optim.learning_rate": 5e-4,
+        "optim.warmup_steps": 20,
+        "train.num_steps": 150,
+        "train.eval_every": 50,
+        "train.eval_steps": 0,
+    } | changes
+
+
 def gpt2(**changes: Any) -> Any:
     """Returns the config of the full size that costs are compiled of: GPT-2 124M on v5e:4x4, with changes."""
     from configs import gpt2_124m

@@ -85,7 +85,7 @@ class Results:
     def get(self, run: sweep_lib.Run) -> dict[str, Any] | None:
         """Returns the result of a run if it is of the settings of now, whatever the code that made it."""
         row = self._rows.get(run.name)
-        is_own = row and row["settings"] == sweep_lib.settings_hash(self._sweep.config(run))
+        is_own = row and row["settings"] == self._settings(run)
         return row if is_own else None
 
     def is_done(self, run: sweep_lib.Run) -> bool:
@@ -93,22 +93,27 @@ class Results:
         row = self.get(run)
         if row is None:
             return False
-        return row["code"] == code_hash() or row["program"] == program_hash(self._sweep.config(run))
+        return row["code"] == code_hash() or row["program"] == self._program(run)
 
     def add(self, run: sweep_lib.Run, found: Mapping[str, Any]) -> None:
         """Keeps the result of a run; the file is whole at any time."""
-        config = self._sweep.config(run)
         self._rows[run.name] = {
             "run": run.name,
-            "settings": sweep_lib.settings_hash(config),
+            "settings": self._settings(run),
             "code": code_hash(),
-            "program": program_hash(config),
+            "program": self._program(run),
             "commit": commit(),
         } | dict(found)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".tmp")
         partial.write_text("".join(json.dumps(row) + "\n" for _, row in sorted(self._rows.items())))
         os.replace(partial, self._path)
+
+    def _settings(self, run: sweep_lib.Run) -> str:
+        return " ".join(map(sweep_lib.settings_hash, self._sweep.configs(run)))
+
+    def _program(self, run: sweep_lib.Run) -> str:
+        return " ".join(map(program_hash, self._sweep.configs(run)))
 
 
 def summary(
@@ -126,9 +131,8 @@ def summary(
         for name in dict.fromkeys((sweep.metric, "train/loss", *sweep.kept))
     }
     values = kept[sweep.metric]
-    left = metrics_lib.steps_left(workdir)
-    if left and not diverged:
-        raise errors.UserError(f"{workdir} was stopped {left} steps before its end: run it again")
+    if not diverged:
+        check_end(workdir)
     if not diverged and not values:
         raise errors.UserError(f"{workdir} has no {sweep.metric!r}: the sweep's runs must evaluate")
     return {
@@ -138,6 +142,13 @@ def summary(
         "evaluations": dict(evaluated),
         "seconds": round(seconds, 1),
     }
+
+
+def check_end(workdir: str) -> None:
+    """Raises UserError where a run was stopped before its end."""
+    left = metrics_lib.steps_left(workdir)
+    if left:
+        raise errors.UserError(f"{workdir} was stopped {left} steps before its end: run it again")
 
 
 def thinned(points: list[Any], most: int = _MOST_POINTS) -> list[Any]:

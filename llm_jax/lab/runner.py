@@ -23,6 +23,7 @@ from typing import Any
 
 from llm_jax import errors
 from llm_jax import metrics as metrics_lib
+from llm_jax.data import sources
 from llm_jax.lab import results as results_lib
 from llm_jax.lab import sweep as sweep_lib
 
@@ -64,16 +65,26 @@ class Local:
         """Returns the workdir of a run."""
         return str(self.workdirs / _folder_name(run))
 
-    def train(self, run: sweep_lib.Run, cores: Sequence[int]) -> subprocess.CompletedProcess:
-        """Trains a run to its end."""
-        return self._command(
-            [
-                "llm_jax.train",
-                f"--config={self.config}:{run.name}",
-                f"--workdir={self.workdir(run)}",
-            ],
-            cores,
-        )
+    def train(
+        self, run: sweep_lib.Run, cores: Sequence[int], is_probe: bool = False
+    ) -> subprocess.CompletedProcess:
+        """Trains a run to its end, or what follows it to its own."""
+        return self._command(["llm_jax.train", *self._what(run, is_probe)], cores)
+
+    def probe_workdir(self, run: sweep_lib.Run) -> str:
+        """Returns the workdir of what follows a run."""
+        return f"{self.workdir(run)}/probe"
+
+    def _what(self, run: sweep_lib.Run, is_probe: bool) -> list[str]:
+        workdir = self.workdir(run)
+        if not is_probe:
+            return [f"--config={self.config}:{run.name}", f"--workdir={workdir}"]
+        return [
+            f"--config={self.config}:{run.name};probe",
+            f"--workdir={self.probe_workdir(run)}",
+            f"--config.tune.start={workdir}",
+            f"--config.data.tokenizer=workdir:{workdir}",
+        ]
 
     def evaluate(
         self, run: sweep_lib.Run, name: str, cores: Sequence[int]
@@ -113,12 +124,13 @@ class Slices(Local):
     def workdir(self, run: sweep_lib.Run) -> str:
         return f"{self.bucket}/{_folder_name(run)}"
 
-    def train(self, run: sweep_lib.Run, cores: Sequence[int]) -> subprocess.CompletedProcess:
+    def train(
+        self, run: sweep_lib.Run, cores: Sequence[int], is_probe: bool = False
+    ) -> subprocess.CompletedProcess:
         del cores
         # Names of slices take letters, digits and hyphens.
         name = re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:60]
-        config = f"--config={self.config}:{run.name}"
-        argv = ["launch.tpu", "watch", name, config, f"--workdir={self.workdir(run)}"]
+        argv = ["launch.tpu", "watch", name, *self._what(run, is_probe)]
         return self._command([*argv, *shlex.split(self.arguments)], ())
 
     def clean(self, run: sweep_lib.Run) -> None:
@@ -159,6 +171,7 @@ def run_missing(
       say: takes a line of progress after each run.
     """
     sweep.check_budgets()
+    _check_files(sweep)
     missing = [run for run in runs if not results.is_done(run)]
     say(f"{sweep.name}: {len(runs)} runs, {len(runs) - len(missing)} done")
     free, lock, started = cores_of(num_workers), threading.Lock(), time.monotonic()
@@ -195,6 +208,19 @@ def run_missing(
     return failures
 
 
+def _check_files(sweep: sweep_lib.Sweep) -> None:
+    """Raises UserError for files of a probe that there are not, which runs would come to at their end."""
+    if sweep.probe is None:
+        return
+    data = sweep.config(sweep.runs()[0], is_probe=True).data
+    for split in (data.train_split, data.eval_split):
+        try:
+            sources.identity(data, split)
+        except errors.UserError as error:
+            message = f"{sweep.name} ends with a probe: {error}; its README says what makes them"
+            raise errors.UserError(message) from error
+
+
 def _made(
     sweep: sweep_lib.Sweep,
     run: sweep_lib.Run,
@@ -207,6 +233,11 @@ def _made(
     workdir = executor.workdir(run)
     if done.returncode and not _has_diverged(workdir):
         return Failure(run.name, _last_lines(done))
+    if sweep.probe is not None and not done.returncode:
+        results_lib.check_end(workdir)
+        done, workdir = executor.train(run, cores, is_probe=True), executor.probe_workdir(run)
+        if done.returncode and not _has_diverged(workdir):
+            return Failure(run.name, f"probe: {_last_lines(done)}")
     evaluated = {}
     for name in sweep.evaluations if not done.returncode else ():
         scored = executor.evaluate(run, name, cores)

@@ -109,6 +109,8 @@ class Sweep:
       diverged_above: a run that ends with a higher metric has diverged; None: if it is not finite.
       evaluations: further evaluations of the last checkpoint, by name: changes of data and objective. Their
         loss is the metric `NAME`.
+      probe: changes for a second training, from the end of each run: the metric is that of its end, and so are the
+        curves. What runs learned is held to one task so, whatever they learned it by. None: there is none.
       kept: further metrics of which all rows are kept.
       full_size: makes the config of a variant at the size that it is meant for; None: no cost is compiled.
       slice: that the full size is compiled for.
@@ -131,6 +133,7 @@ class Sweep:
     smallest: float = 0.01
     diverged_above: float | None = None
     evaluations: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
+    probe: Changes | None = None
     kept: tuple[str, ...] = ()
     full_size: Callable[[str], ml_collections.ConfigDict] | None = None
     slice: str = "v5e:4x4"
@@ -209,12 +212,15 @@ class Sweep:
     def get_config(self, arg: str = "") -> ml_collections.ConfigDict:
         """Returns the config of a run by its name; without one of the baseline.
 
-        `NAME;evaluation=E` is that of one of its evaluations.
+        `NAME;evaluation=E` is that of one of its evaluations, `NAME;probe` that of what follows it.
         """
         name, *settings = (arg or self.baseline).split(";")
-        changes = dict(self.variant(name).changes)
+        changes, after = dict(self.variant(name).changes), {}
         for setting in settings:
             path, equals, value = setting.partition("=")
+            if setting == "probe" and self.probe is not None:
+                after = self.probe
+                continue
             if not equals:
                 raise errors.UserError(f"{setting!r} of run {arg!r} is no setting: path=value")
             if path == "evaluation":
@@ -224,12 +230,19 @@ class Sweep:
             else:
                 changes[SEED if path == "seed" else path] = json.loads(value)
         config = self.base()
-        apply(config, changes)
+        apply(config, {**changes, **after})
         return config
 
-    def config(self, run: Run) -> config_lib.RunConfig:
-        """Returns the checked config of a run."""
-        return config_lib.from_config_dict(self.get_config(run.name))
+    def config(self, run: Run, is_probe: bool = False) -> config_lib.RunConfig:
+        """Returns the checked config of a run, or of its probe."""
+        return config_lib.from_config_dict(self.get_config(run.name + ";probe" * is_probe))
+
+    def configs(self, run: Run) -> list[config_lib.RunConfig]:
+        """Returns the configs of all that is trained for a run."""
+        return [
+            self.config(run),
+            *([] if self.probe is None else [self.config(run, is_probe=True)]),
+        ]
 
     # --- budgets ----------------------------------------------------------------------------------
 

@@ -65,3 +65,18 @@ BROKEN = sweep.Sweep(
     baseline="normal",
     seeds=1,
 )
+
+# Its probe goes on from what was learned, at a rate that changes next to nothing.
+PROBED = sweep.Sweep(
+    name="probed",
+    claim="a probe tells what was learned",
+    source="nobody",
+    base=base,
+    variants=(
+        sweep.Variant("trained"),
+        sweep.Variant("untrained", {"optim.learning_rate": 1e-6}),
+    ),
+    baseline="trained",
+    seeds=1,
+    probe={"optim.learning_rate": 1e-6, "train.num_steps": 4, "optim.warmup_steps": 0},
+)

@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+from llm_jax import errors
+from llm_jax import metrics
 from llm_jax.lab import analysis
 from llm_jax.lab import ledger
 from llm_jax.lab import report
@@ -85,6 +87,34 @@ def test_what_fails_is_told_and_what_diverges_is_a_result(tmp_path, monkeypatch)
     healthy = dataclasses.replace(own, variants=own.variants[:2])
     row = analysis.tabulate(healthy, found).row("wild")
     assert row.cell.diverged == [0] and row.value is None
+
+
+@pytest.mark.long
+def test_a_probe_goes_on_from_what_was_learned(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    own = sweeps.PROBED
+    found = results.Results(tmp_path, own)
+    executor = dataclasses.replace(_executor(tmp_path), config="tests/lab/probed.py", is_kept=True)
+    assert not runner.run_missing(own, found, own.runs(), executor, say=print)
+    trained, untrained = (found.get(run) for run in own.runs())
+    # The metric is the probe's, at its end, where next to nothing was learned any more.
+    assert [step for step, _ in trained["curves"][sweep.LOSS]] == [4]
+    before = [
+        row[sweep.LOSS]
+        for row in metrics.read(executor.workdir(own.runs()[0]))
+        if sweep.LOSS in row
+    ]
+    assert trained["value"] == pytest.approx(before[-1], abs=1e-3)
+    assert trained["value"] < untrained["value"] - 0.01
+
+
+def test_a_probe_without_its_files_is_told_before_anything_runs(tmp_path):
+    probe = dict(sweeps.PROBED.probe) | {"data.source": f"text:{tmp_path}/none"}
+    own = dataclasses.replace(sweeps.PROBED, probe=probe)
+    with pytest.raises(errors.UserError, match="probed ends with a probe: .* matches no file"):
+        runner.run_missing(own, results.Results(tmp_path, own), own.runs(), _executor(tmp_path))
 
 
 @pytest.mark.slow

@@ -76,6 +76,53 @@ def test_budgets_bind(changes, kind):
     dataclasses.replace(own, variants=(own.variants[0], exempt)).check_budgets()
 
 
+def test_groups_are_compared_within(tmp_path):
+    """Budgets bind, and rows stand beside, the first of a group; the baseline in its own."""
+    names = (("plain", ""), ("gelu", ""), ("long_plain", "long"), ("long_gelu", "long"))
+    variants = tuple(
+        sweep.Variant(name, {"train.num_steps": 24} if group else {}, group=group)
+        for name, group in names
+    )
+    own = _sweep(variants=variants, budgets=(sweep.Budget("tokens"),))
+    own.check_budgets()
+    assert [own.reference(name) for name, _ in names] == 2 * ["plain"] + 2 * ["long_plain"]
+    table = analysis.tabulate(own, _filled(own, tmp_path, _value))
+    assert [row.comparison is None for row in table.rows] == [True, False, True, False]
+    uneven = dataclasses.replace(variants[3], changes={})
+    with pytest.raises(
+        errors.UserError, match="long_gelu has 0.500 times the tokens of long_plain"
+    ):
+        dataclasses.replace(own, variants=(*variants[:3], uneven)).check_budgets()
+
+
+def test_variants_may_have_rates_of_their_own():
+    rates = {"optim.learning_rate": (1e-3, 2e-3)}
+    variants = (
+        sweep.Variant("plain"),
+        sweep.Variant("lion", grid={"optim.learning_rate": (1e-4,)}),
+    )
+    own = _sweep(variants=variants, grid=rates, tuned=tuple(rates))
+    assert [run.point[0][1] for run in own.runs(["plain"], 1)] == [1e-3, 2e-3]
+    assert [run.point[0][1] for run in own.runs(["lion"], 1)] == [1e-4]
+    # What variants are compared at is the same for all.
+    with pytest.raises(ValueError, match="lion has values of its own"):
+        dataclasses.replace(own, tuned=())
+
+
+def test_a_probe_follows_a_run(tmp_path):
+    own = _sweep(probe={"train.num_steps": 4, "optim.learning_rate": 1.0})
+    run = own.runs()[-1]
+    config, probe = own.configs(run)
+    assert (config.train.num_steps, probe.train.num_steps) == (12, 4)
+    assert config.model == probe.model and probe.train.seed == run.seed
+    found = _filled(own, tmp_path, _value)
+    assert found.get(run) is not None
+    other = dataclasses.replace(own, probe=own.probe | {"train.num_steps": 5})
+    assert results.Results(tmp_path, other).get(run) is None
+    with pytest.raises(errors.UserError, match="'probe' of run 'plain;probe' is no setting"):
+        _sweep().get_config("plain;probe")
+
+
 # --- results ---------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from experiments.tasks.data import definitions
 from experiments.tasks.data import dialogue
 from experiments.tasks.data import marked
 from experiments.tasks.data import newsgroups
+from experiments.tasks.data import passages
 from experiments.tasks.data import python_code
 from experiments.tasks.data import relations
 from experiments.tasks.data import spam
@@ -29,6 +30,7 @@ DATA_SETS = {
     "relation_pairs": marked.pairs,
     "conversations": dialogue.conversations,
     "preferences": dialogue.preferences,
+    "passages": passages.load,
     "python_code": python_code.code,
     "python_fill": python_code.fill,
 }
