@@ -31,7 +31,7 @@ def best_cell(table: analysis.Table, variant: str) -> analysis.Cell:
     Raises:
       errors.UserError: there is none, or it lies at the edge of an axis of numbers.
     """
-    table.sweep.variant(variant)
+    grid = {**table.sweep.grid, **table.sweep.variant(variant).grid}
     found = [
         cell for (name, _), cell in table.cells.items() if name == variant and not cell.diverged
     ]
@@ -40,7 +40,7 @@ def best_cell(table: analysis.Table, variant: str) -> analysis.Cell:
     sign = 1.0 if table.sweep.is_less_better else -1.0
     best = min(found, key=lambda cell: sign * np.mean(list(cell.values().values())))
     for path, value in best.point:
-        values = sorted(table.sweep.grid[path])
+        values = sorted(grid[path])
         if len(values) > 1 and value in (values[0], values[-1]):
             raise errors.UserError(
                 f"{table.sweep.name}: {variant} is best at {path} = {value}, the edge of"

@@ -355,22 +355,3 @@ def test_values_of_layers_are_drawn_by_their_largest():
     cell = analysis.Cell("a", (), {0: {"curves": curves}, 1: {"curves": {"x": [[1, [5.0, 2.0]]]}}})
     assert cell.points("x") == {1: [3.0, 5.0]}
     assert cell.curve("x") == [(1, 4.0)] and cell.curve("y") == []
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["activations", "positions", "norm_placement", "kv_heads", "lr_sensitivity", "mup_widths"],
-)
-def test_ablations_are_fair_and_their_full_sizes_are_configs(name):
-    import importlib
-
-    own = importlib.import_module(f"experiments.{name}.sweep").SWEEP
-    assert own.name == name
-    own.check_budgets()
-    for variant in own.variants if own.full_size else ():
-        config_lib.from_config_dict(own.full_size(variant.name))
-    for evaluation in own.evaluations:
-        changed = config_lib.from_config_dict(
-            own.get_config(f"{own.baseline};evaluation={evaluation}")
-        )
-        config_lib.check_objective(changed)

@@ -1,0 +1,62 @@
+"""Where optima lie as models grow: the best learning rate of each size, and how it goes with the size."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+
+from llm_jax.lab import analysis
+from llm_jax.lab import statistics
+
+_AXIS = "learning_rate"
+
+
+def best_rates(
+    table: analysis.Table, names: Mapping[int, str], rates: Sequence[float]
+) -> dict[int, list[float]]:
+    """Returns for each size the best learning rates, by seed, as logarithms to the base 2.
+
+    Args:
+      table: of runs at all rates; those that diverged are infinitely bad.
+      names: of the variants, by size.
+      rates: the values of the axis.
+    """
+    found = {}
+    for size, name in names.items():
+        cells = [table.cell(name, **{_AXIS: rate}).values() for rate in rates]
+        found[size] = []
+        for seed in range(table.sweep.seeds):
+            losses = np.array([values[seed] if seed in values else np.inf for values in cells])
+            found[size].append(vertex(np.log2(rates), losses))
+    return found
+
+
+def vertex(x: np.ndarray, losses: np.ndarray) -> float:
+    """Returns where the parabola through the lowest point and its neighbours is lowest; at an edge the edge."""
+    place = int(np.argmin(losses))
+    around = slice(place - 1, place + 2)
+    if place in (0, len(x) - 1) or not np.all(np.isfinite(losses[around])):
+        return float(x[place])
+    a, b, _ = np.polyfit(x[around], losses[around], 2)
+    return float(-b / (2 * a)) if a > 0 else float(x[place])
+
+
+def power_of_size(best: Mapping[int, Sequence[float]]) -> statistics.Interval:
+    """Returns the power of the size that the best rate goes with, over seeds."""
+    sizes = sorted(best)
+    return statistics.interval(
+        [
+            statistics.fit_line(np.log2(sizes), [best[size][seed] for size in sizes])[0]
+            for seed in range(len(best[sizes[0]]))
+        ]
+    )
+
+
+def shown(best: Mapping[int, Sequence[float]]) -> str:
+    """Returns the best rates in words: `32: 4.1e-03, 64: 3.8e-03`."""
+    return ", ".join(f"{size}: {2 ** np.mean(best[size]):.1e}" for size in sorted(best))
+
+
+def nearest(best: Sequence[float], rates: Sequence[float]) -> float:
+    """Returns the rate of the axis that lies nearest to the best one of a size, on average over seeds."""
+    return min(rates, key=lambda rate: abs(np.log2(rate) - np.mean(best)))
