@@ -50,6 +50,15 @@ class Cell:
         found = self.points(name)
         return [(step, float(np.mean(values))) for step, values in sorted(found.items())]
 
+    def ends(self, name: str) -> list[float]:
+        """Returns for each seed that has it the mean of a metric's last quarter of rows."""
+        found = []
+        for row in self.by_seed.values():
+            values = [value for _, value in row["curves"][name]] if name in row["curves"] else []
+            if values:
+                found.append(float(np.mean(values[-max(1, len(values) // 4) :])))
+        return found
+
     def points(self, name: str) -> dict[float, list[float]]:
         """Returns a metric's values of all seeds by their step; of one with a value a layer the largest."""
         found: dict[float, list[float]] = {}

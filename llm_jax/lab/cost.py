@@ -85,7 +85,7 @@ def describe(cost: dict[str, Any] | None) -> str:
         return "not compiled"
     if "refusal" in cost:
         return f"refused: {cost['refusal']}"
-    return (
-        f"{cost['milliseconds']:,} ms, {cost['GiB']} GiB, collectives {cost['collective_ms']:,} ms"
-        f" ({cost['exposed_ms']:,} exposed)"
-    )
+    text = f"{cost['milliseconds']:,} ms, {cost['GiB']} GiB"
+    if "collective_ms" not in cost:  # compiled before they were kept
+        return text
+    return f"{text}, collectives {cost['collective_ms']:,} ms ({cost['exposed_ms']:,} exposed)"

@@ -42,9 +42,11 @@ def draw(
 ) -> dict[str, str]:
     """Draws the figures; returns their captions, by file."""
     metric = table.sweep.metric
+    # Of runs that were evaluated at their end alone, that of training.
+    drawn = metric if _has_curve(table, metric) else "train/loss"
     found = {
-        figures.save(figures.curves(table, metric), folder, "curves"): (
-            "Learning curves: the mean over seeds, and their range."
+        figures.save(figures.curves(table, drawn), folder, "curves"): (
+            f"Learning curves, `{drawn}`: the mean over seeds, and their range."
         )
     }
     for path in table.sweep.grid:
@@ -55,7 +57,7 @@ def draw(
         )
     for kept in table.sweep.kept:
         name = "curves_" + kept.rpartition("/")[2]
-        if any(cell.curve(kept) for cell in table.cells.values()):
+        if _has_curve(table, kept):
             found[figures.save(figures.curves(table, kept), folder, name)] = f"`{kept}`."
     own = {} if table.sweep.pictures is None else table.sweep.pictures(table)
     for name, (drawn, caption) in own.items():
@@ -68,6 +70,11 @@ def draw(
     return found
 
 
+def _has_curve(table: analysis.Table, metric: str) -> bool:
+    """Returns whether runs have more than one row of a metric of numbers."""
+    return any(len(cell.curve(metric)) > 1 for cell in table.cells.values())
+
+
 def rows(table: analysis.Table, costs: Mapping[str, Mapping[str, Any]]) -> Lines:
     """Returns the cells of the table, its head first."""
     sweep = table.sweep
@@ -77,7 +84,7 @@ def rows(table: analysis.Table, costs: Mapping[str, Mapping[str, Any]]) -> Lines
         "metric, 95% CI",
         "difference to baseline",
     ]
-    head += ["p, corrected", "speed-up", *sweep.evaluations, "diverged", "verdict"]
+    head += ["p, corrected", "speed-up", *sweep.evaluations, *sweep.columns, "diverged", "verdict"]
     head += [f"full size on {sweep.slice}"] if sweep.full_size is not None else []
     found = [head]
     for row in table.rows:
@@ -93,6 +100,9 @@ def rows(table: analysis.Table, costs: Mapping[str, Mapping[str, Any]]) -> Lines
         for name in sweep.evaluations:
             values = list(row.cell.values(name).values())
             cells.append(str(statistics.interval(values)) if values else "")
+        for name in sweep.columns.values():
+            values = row.cell.ends(name)
+            cells.append(f"{analysis.mean_of(values):.3f}" if values else "")
         cells.append(f"{len(row.cell.diverged)} of {len(row.cell.by_seed)}")
         cells.append(_verdict(row, is_baseline))
         if sweep.full_size is not None:

@@ -112,6 +112,7 @@ class Sweep:
       probe: changes for a second training, from the end of each run: the metric is that of its end, and so are the
         curves. What runs learned is held to one task so, whatever they learned it by. None: there is none.
       kept: further metrics of which all rows are kept.
+      columns: further columns of the table: kept metrics by their heading, as means of the last quarter of runs.
       full_size: makes the config of a variant at the size that it is meant for; None: no cost is compiled.
       slice: that the full size is compiled for.
       findings: from an `analysis.Table` to what it shows of the claim.
@@ -135,6 +136,7 @@ class Sweep:
     evaluations: Mapping[str, Changes] = dataclasses.field(default_factory=dict)
     probe: Changes | None = None
     kept: tuple[str, ...] = ()
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
     full_size: Callable[[str], ml_collections.ConfigDict] | None = None
     slice: str = "v5e:4x4"
     findings: Callable[[Any], list[Any]] | None = None
