@@ -95,7 +95,11 @@ def _variant(name: str) -> sweep.Variant:
     changes, is_encoder = _changes(name), name in _ENCODERS
     if is_encoder:
         # Room for the id of the mask.
-        changes |= {"model.architecture": "encoder", "model.vocab_size": 384, "objective.name": "mlm"}
+        changes |= {
+            "model.architecture": "encoder",
+            "model.vocab_size": 384,
+            "objective.name": "mlm",
+        }
     group = "encoders" if is_encoder else "decoders"
     return sweep.Variant(name, changes, is_exempt=name == "dense_params", group=group)
 
@@ -127,14 +131,29 @@ def full_size(name: str):
 
 # What stands beside what, what the literature says of it, and whether a higher loss is what it says.
 _CLAIMS = (
-    ("softmax", "dense", "experts beat the dense model of equal operations (Shazeer et al. 2017)", "better"),
+    (
+        "softmax",
+        "dense",
+        "experts beat the dense model of equal operations (Shazeer et al. 2017)",
+        "better",
+    ),
     ("switch", "dense", "so does one expert a token (Fedus et al. 2021)", "better"),
     ("dense_params", "softmax", "a dense model of as many parameters is better still", "better"),
     ("hash", "switch", "hashing is close to a learned choice (Roller et al. 2021)", "close"),
     ("random", "softmax", "learned routing beats chance", "worse"),
     ("frozen", "softmax", "and a router that does not learn", "worse"),
-    ("mlm_expert_choice", "mlm_softmax", "experts that choose tokens beat tokens that choose (Zhou et al. 2022)", "better"),
-    ("mlm_soft", "mlm_softmax", "so do soft mixtures (Puigcerver et al. 2023, of images)", "better"),
+    (
+        "mlm_expert_choice",
+        "mlm_softmax",
+        "experts that choose tokens beat tokens that choose (Zhou et al. 2022)",
+        "better",
+    ),
+    (
+        "mlm_soft",
+        "mlm_softmax",
+        "so do soft mixtures (Puigcerver et al. 2023, of images)",
+        "better",
+    ),
 )
 _BALANCED = (("sigmoid_bias", "softmax_unbalanced"), ("sigmoid_bias", "softmax"))
 
@@ -155,7 +174,9 @@ def findings(table: analysis.Table) -> list[analysis.Finding]:
         f" ({against_none.verdict}) and {against_loss.difference.mean:+.3f} ({against_loss.verdict}) against these."
     )
     is_free = not any(one.verdict.startswith("worse") for one in (against_none, against_loss))
-    found = [analysis.Finding(text, bool(free < none / 3 and is_free), f"violation / {none / free:.0f}")]
+    found = [
+        analysis.Finding(text, bool(free < none / 3 and is_free), f"violation / {none / free:.0f}")
+    ]
     for (one, other, claim, wanted), comparison in zip(_CLAIMS, compared, strict=False):
         change, verdict = comparison.difference, comparison.verdict
         text = f"{one} against {other}: {change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}], {verdict} (paper: {claim})."
@@ -184,7 +205,12 @@ def pictures(table: analysis.Table) -> dict[str, tuple[matplotlib.figure.Figure,
     figure.colorbar(image, ax=axes, label="load over an even share")
     figure.supxlabel("step", fontsize=8)
     figure.supylabel("expert", fontsize=8)
-    return {"load": (figure, "Load of experts over steps: second layer, first seed; 1 is an even share.")}
+    return {
+        "load": (
+            figure,
+            "Load of experts over steps: second layer, first seed; 1 is an even share.",
+        )
+    }
 
 
 def _heat_map(place: Any, name: str, points: Sequence[Any]) -> Any:

@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 from llm_jax.lab import analysis
-from llm_jax.lab import results as results_lib
 
 FILE = "summary.json"
 _STATUSES = ("reproduced", "not reproduced", "inconclusive")
@@ -31,7 +30,7 @@ def summary(table: analysis.Table) -> dict[str, Any]:
         "effect": "; ".join(finding.effect for finding in findings if finding.effect),
         "runs": len(rows),
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
-        "commit": results_lib.commit(),
+        "commit": ", ".join(sorted({row["commit"] for row in rows})),
     }
 
 

@@ -54,10 +54,16 @@ def program_hash(config: config_lib.RunConfig) -> str:
 
 
 def commit() -> str:
-    """Returns the commit of the code, and whether it was changed since."""
-    command = ["git", "-C", str(pathlib.Path(llm_jax.__file__).parent), "describe", "--always"]
-    done = subprocess.run([*command, "--dirty"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "none"
+    """Returns the commit of the code, and whether the package was changed since; "none" outside of a repository."""
+    folder = pathlib.Path(llm_jax.__file__).parent
+    git = ["git", "-C", str(folder)]
+    done = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return "none"
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], check=False)
+    return done.stdout.strip() + "-dirty" * bool(changed.returncode)
 
 
 class Results:

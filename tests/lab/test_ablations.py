@@ -53,12 +53,15 @@ def _result(own, run, rng):
     curve = [
         [step, value + 1 - step / steps] for step in range(steps // 4, steps + 1, steps // 4 or 1)
     ]
-    kept = [[step, [3.0, 5.0 + rng.normal()]] for step, _ in curve]
+    # Of layers; loads are of their experts.
+    of_layers = {name: [3.0, 5.0 + rng.normal()] for name in own.kept}
+    of_layers |= {name: [[0.2, 0.8], [0.5, 0.5]] for name in own.kept if name.endswith("load")}
+    kept = {name: [[step, value] for step, _ in curve] for name, value in of_layers.items()}
     is_lost = run.seed == 1 and run.point and run.variant != own.baseline and rng.random() < 0.1
     return {
         "value": None if is_lost else value,
         "diverged_at": 7 if is_lost else None,
-        "curves": {own.metric: curve, "train/loss": curve} | dict.fromkeys(own.kept, kept),
+        "curves": {own.metric: curve, "train/loss": curve} | kept,
         "evaluations": {name: value + 0.1 * rng.random() for name in own.evaluations},
         "seconds": 60.0,
     }
