@@ -9,6 +9,7 @@ import pytest
 from experiments.tasks.data import debian
 from experiments.tasks.data import definitions
 from experiments.tasks.data import newsgroups
+from experiments.tasks.data import passages
 from experiments.tasks.data import python_code
 from experiments.tasks.data import relations
 from experiments.tasks.data import spam
@@ -323,3 +324,18 @@ def test_what_has_a_relation_is_not_said_to_have_none():
     rows = relations.pair_examples(tree, relations.ancestors(tree))
     assert len(rows) == 19 * 4 - 6  # four of each whole, fewer of the last ones
     assert all(name == "part_of" for _, row in rows for _, name, _ in _judged(row))
+
+
+def test_passages_are_of_one_address_each_and_of_its_half_century():
+    data = passages.load()
+    rows = [row for split in splits.NAMES for row in data.examples[split]]
+    assert {row["label"] for row in rows} == {"1800", "1850", "1900", "1950"}
+    for row in rows:
+        year = int(row["address"][:4])
+        assert year <= 1989 and 0 < len(row["text"].encode()) <= 120
+        assert int(row["label"]) <= max(year, 1800) < int(row["label"]) + 50
+    addresses = [{row["address"] for row in data.examples[split]} for split in splits.NAMES]
+    assert sum(map(len, addresses)) == len(set.union(*addresses))
+    # A sentence that is too long is cut between words; what is left of it is kept if it is long enough.
+    long = "word " * 60 + "end."
+    assert " ".join(passages.passages_of(f"Too short. {long}")) == long
