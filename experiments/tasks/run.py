@@ -163,12 +163,21 @@ class Runner:
         picked = [len(rows) * quarter // 4 for quarter in (1, 2, 3)]
         return [
             {
-                "given": f"number {i + 1}" if shown.given is None else _cut(rows[i][shown.given]),
+                "given": self._given(rows[i], i),
                 "wanted": _cut(rows[i][shown.wanted]),
                 "said": _cut(rows[i][shown.said]),
             }
             for i in picked
         ]
+
+    def _given(self, row: dict[str, Any], index: int) -> str:
+        shown = self._task.outputs
+        if shown.given is None:
+            return f"number {index + 1}"
+        text = row[shown.given]
+        # What is continued is told by its end.
+        is_cut = shown.is_continued and len(text) > _LONGEST
+        return f"…{text[-_LONGEST:]}" if is_cut else _cut(text)
 
 
 def rows_of(workdir: pathlib.Path, name: str) -> list[dict[str, Any]]:

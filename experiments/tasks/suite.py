@@ -18,13 +18,16 @@ class Outputs:
       file: under WORKDIR/evaluation/STEP.
       given: the field of what the model read; None where texts may not be shown.
       wanted, said: fields of what was right and what the model said.
+      run: whose workdir, where it is not the task's own.
+      is_continued: whether what was given ends where the model goes on.
     """
 
     file: str
     given: str | None
     wanted: str = "target"
     said: str = "prediction"
-    run: str = ""  # whose workdir, where it is not the task's own
+    run: str = ""
+    is_continued: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +211,12 @@ TASKS: dict[str, Task] = {
         {
             "before": _perplexity("smollm2", "code"),
             "train": _train("code", "code", "runs/smollm2"),
+            "write": "experiments.tasks.complete --workdir=runs/code",
             "evaluate": _perplexity("code", "code"),
         },
         ("perplexity", "bits_per_byte"),
         (("SmolLM2 as it is", "stage before", "perplexity"),),
-        None,
+        Outputs("completion-test.jsonl", "before", is_continued=True),
     ),
     "fill": Task(
         "Lines missing in the middle of Python, by SmolLM2 with low-rank updates",
@@ -225,7 +229,7 @@ TASKS: dict[str, Task] = {
         },
         ("syntax", "exact_match", "chrf"),
         (("nothing written", "stage evaluate", "syntax_of_nothing"),),
-        Outputs("generation-test.jsonl", "before", "target"),
+        Outputs("generation-test.jsonl", "before", is_continued=True),
     ),
     "chat": Task(
         "Conversations of two questions, the second on the first, by SmolLM2 with low-rank updates",
@@ -279,6 +283,7 @@ TASKS: dict[str, Task] = {
         ("smollm2",),
         {
             "train": _train("replay", "code", "runs/smollm2,replay"),
+            "write": "experiments.tasks.complete --workdir=runs/replay",
             "evaluate": (
                 "llm_jax.evaluation.forgetting --before=runs/smollm2 --after=runs/code,runs/replay"
                 f" --old={_CONFIGS}/addresses.py:runs/smollm2 --new={_CONFIGS}/code.py:runs/smollm2"
@@ -287,7 +292,7 @@ TASKS: dict[str, Task] = {
         },
         (),
         (),
-        None,
+        Outputs("completion-test.jsonl", "before", is_continued=True),
     ),
     "transfer_fr": Task(
         "The model of Italian goes on to French, 300 steps",

@@ -1,12 +1,14 @@
 """Graphs, holes and rows of tasks: what is scored is what was said."""
 
 import ast
+import dataclasses
 import json
 import pathlib
 import sysconfig
 
 import pytest
 
+from experiments.tasks import complete
 from experiments.tasks import graph
 from experiments.tasks import report
 from experiments.tasks import run
@@ -184,6 +186,26 @@ def test_conversations_and_answers_are_shown_as_texts():
     said = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "this"}]
     assert run._cut(said) == "which? / this" and run._cut(["a", "b"]) == "a / b"
     assert run._cut(-1.5) == "-1.5"
+
+
+def test_what_is_continued_is_told_by_its_end(runner):
+    runs, _ = runner
+    outputs = dataclasses.replace(runs._task.outputs, is_continued=True)
+    runs._task = dataclasses.replace(runs._task, outputs=outputs)
+    assert runs._given({"q": "a" * 300 + "the end"}, 0) == "…" + "a" * 233 + "the end"
+    assert runs._given({"q": "short"}, 0) == "short"
+
+
+def test_files_are_given_by_their_first_lines():
+    assert complete.halves("a\nb\n\nc\n", 2) == ("a\nb\n", "\nc\n")
+    assert complete.halves("a\nb\n\n", 2) is None  # nothing is left to say
+    rows = [
+        {"prediction": "\n  return x\n  y", "target": "  return x\n\ndef f"},
+        {"prediction": "return z", "target": "return x"},
+    ]
+    found = complete.score(rows)
+    assert found["first_line"]["value"] == 0.5
+    assert 0 < found["chrf"]["value"] < 100
 
 
 def test_all_tasks_name_configs_and_data_that_there_are():
