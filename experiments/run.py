@@ -20,6 +20,7 @@ import jax
 
 from llm_jax import command
 from llm_jax import errors
+from llm_jax.lab import analysis
 from llm_jax.lab import cost
 from llm_jax.lab import ledger
 from llm_jax.lab import report
@@ -61,9 +62,15 @@ def main() -> int:
     if given.seeds is not None:
         sweep = dataclasses.replace(sweep, seeds=given.seeds)
     kept = results.Results(folder, sweep)
-    runs = sweep.runs(given.only)
     if not given.report:
-        failures = runner.run_missing(sweep, kept, runs, _executor(name), given.workers, _say)
+        executor = _executor(name)
+        failures = runner.run_missing(
+            sweep, kept, sweep.runs(given.only), executor, given.workers, _say
+        )
+        further = [] if failures else analysis.further_runs(sweep, kept, given.only)
+        if further:
+            _say(f"{sweep.name}: values are chosen; the seeds that did not choose")
+            failures = runner.run_missing(sweep, kept, further, executor, given.workers, _say)
         for failure in failures:
             print(f"failed: {failure.run}: {failure.said}", file=sys.stderr)
         if failures:

@@ -55,6 +55,8 @@ SWEEP = sweep.Sweep(
     baseline="gelu",
     grid={"optim.learning_rate": _RATES},
     tuned=("optim.learning_rate",),
+    seeds=5,
+    tuning_seeds=1,
     budgets=(
         sweep.Budget("tokens"),
         sweep.Budget("parameters", 0.005),

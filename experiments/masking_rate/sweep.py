@@ -58,6 +58,7 @@ SWEEP = sweep.Sweep(
     ),
     baseline=_name(0.15),
     budgets=(sweep.Budget("tokens"), sweep.Budget("parameters")),
+    seeds=5,
     smallest=0.01,
     probe=small.era_probe(**{"model.pooling": "mean"}),
     findings=findings,

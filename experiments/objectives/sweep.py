@@ -52,6 +52,7 @@ SWEEP = sweep.Sweep(
     ),
     baseline="causal",
     budgets=(sweep.Budget("tokens"), sweep.Budget("parameters")),
+    seeds=5,
     smallest=0.01,
     probe=small.era_probe(**{"model.pooling": "last"}),
     findings=findings,

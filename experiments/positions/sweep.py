@@ -47,6 +47,7 @@ SWEEP = sweep.Sweep(
     ),
     baseline="rope",
     budgets=(sweep.Budget("tokens"), sweep.Budget("flops", 0.001)),
+    seeds=5,
     smallest=0.01,
     evaluations={
         f"x{factor}": {

@@ -1,10 +1,11 @@
 """Results of a sweep to the rows of its table, and what is no fair comparison.
 
 A row is a variant at a point of the axes that are not tuned; of a tuned axis it has the value whose mean is best, of
-runs that did not diverge. It stands beside the baseline's row at the same point, which has a best value of its own; of
+runs that did not diverge, or of the seeds that choose where not all do. It stands beside the baseline's row at the same point, which has a best value of its own; of
 another group of variants than the baseline's, beside the first of its group.
 """
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -165,7 +166,7 @@ class Table:
     @property
     def num_seeds(self) -> int:
         """Seeds of each variant."""
-        return min(len(cell.by_seed) for cell in self.cells.values())
+        return min(len(row.cell.by_seed) for row in self.rows)
 
 
 def tabulate(sweep: sweep_lib.Sweep, results: results_lib.Results) -> Table:
@@ -175,21 +176,60 @@ def tabulate(sweep: sweep_lib.Sweep, results: results_lib.Results) -> Table:
       errors.UserError: runs are missing, of other settings than those of now, of other tokens than each other where
         these are compared as equals, or without one of the metrics.
     """
-    cells = {}
-    for variant in sweep.variants:
-        for point in sweep.points(variant.name):
-            by_seed = _by_seed(sweep, results, variant.name, point)
-            cells[variant.name, point] = Cell(variant.name, point, by_seed)
-    _check_seeds(sweep, cells)
+    cells = _cells(sweep, results, [variant.name for variant in sweep.variants])
+    _check_seeds(sweep, cells.values(), set(sweep.choosing_seeds))
     used = sweep.check_budgets()
-    fixed = [path for path in sweep.grid if path not in sweep.tuned]
+    chosen = _chosen(sweep, cells)
+    _check_seeds(sweep, chosen.values(), set(range(sweep.seeds)))
+    return Table(sweep, cells, tuple(_rows(sweep, chosen, used)))
+
+
+def further_runs(
+    sweep: sweep_lib.Sweep, results: results_lib.Results, only: Sequence[str] = ()
+) -> list[sweep_lib.Run]:
+    """Returns the runs of the seeds that do not choose: with the values of tuned axes that the others chose.
+
+    Args:
+      sweep: which.
+      results: in which those of `sweep.runs(only)` are.
+      only: names of variants; none: all.
+
+    Raises:
+      errors.UserError: runs that choose are missing.
+    """
+    seeds = range(len(sweep.choosing_seeds), sweep.seeds)
+    if not seeds:
+        return []
+    names = only or [variant.name for variant in sweep.variants]
+    cells = _cells(sweep, results, names)
+    _check_seeds(sweep, cells.values(), set(sweep.choosing_seeds))
+    return [
+        sweep_lib.Run(cell.variant, cell.point, seed)
+        for seed in seeds
+        for cell in _chosen(sweep, cells).values()
+    ]
+
+
+def _cells(
+    sweep: sweep_lib.Sweep, results: results_lib.Results, names: Sequence[str]
+) -> dict[tuple[str, sweep_lib.Point], Cell]:
+    return {
+        (name, point): Cell(name, point, _by_seed(sweep, results, name, point))
+        for name in names
+        for point in sweep.points(name)
+    }
+
+
+def _chosen(
+    sweep: sweep_lib.Sweep, cells: Mapping[tuple[str, sweep_lib.Point], Cell]
+) -> dict[tuple[str, sweep_lib.Point], Cell]:
+    """Returns for each variant, and point of the axes that are not tuned, the best of its cells."""
     chosen: dict[tuple[str, sweep_lib.Point], Cell] = {}
     for (name, point), cell in cells.items():
-        place = tuple((path, value) for path, value in point if path in fixed)
-        best = chosen.get((name, place))
-        if best is None or _is_better(sweep, cell, best):
+        place = tuple((path, value) for path, value in point if path not in sweep.tuned)
+        if (name, place) not in chosen or _is_better(sweep, cell, chosen[name, place]):
             chosen[name, place] = cell
-    return Table(sweep, cells, tuple(_rows(sweep, chosen, used)))
+    return chosen
 
 
 def _by_seed(
@@ -212,12 +252,11 @@ def _by_seed(
     return found
 
 
-def _check_seeds(sweep: sweep_lib.Sweep, cells: Mapping[Any, Cell]) -> None:
-    wanted = set(range(sweep.seeds))
-    for (variant, point), cell in cells.items():
+def _check_seeds(sweep: sweep_lib.Sweep, cells: Iterable[Cell], wanted: set[int]) -> None:
+    for cell in cells:
         missing = sorted(wanted - set(cell.by_seed))
         if missing:
-            name = sweep_lib.Run(variant, point, missing[0]).name
+            name = sweep_lib.Run(cell.variant, cell.point, missing[0]).name
             raise errors.UserError(
                 f"{sweep.name}: run {name} is missing, or of other settings than now: run"
                 f" python -m experiments.run {sweep.name}"
@@ -225,7 +264,8 @@ def _check_seeds(sweep: sweep_lib.Sweep, cells: Mapping[Any, Cell]) -> None:
 
 
 def _is_better(sweep: sweep_lib.Sweep, cell: Cell, other: Cell) -> bool:
-    """Returns whether a cell's runs are the better choice: fewer diverged, then by their mean."""
+    """Returns whether a cell's runs are the better choice: fewer diverged, then by their mean, of the seeds that choose."""
+    cell, other = (_of_seeds(one, sweep.choosing_seeds) for one in (cell, other))
     if len(cell.diverged) != len(other.diverged):
         return len(cell.diverged) < len(other.diverged)
     values, others = (list(one.values().values()) for one in (cell, other))
@@ -233,6 +273,11 @@ def _is_better(sweep: sweep_lib.Sweep, cell: Cell, other: Cell) -> bool:
         return bool(values) and not others
     is_less = np.mean(values) < np.mean(others)
     return is_less == sweep.is_less_better and np.mean(values) != np.mean(others)
+
+
+def _of_seeds(cell: Cell, seeds: Sequence[int]) -> Cell:
+    by_seed = {seed: row for seed, row in cell.by_seed.items() if seed in seeds}
+    return dataclasses.replace(cell, by_seed=by_seed)
 
 
 def _rows(

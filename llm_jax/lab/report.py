@@ -145,7 +145,8 @@ def introduction(table: analysis.Table) -> list[str]:
         f"{table.num_seeds} seeds of each of {len(sweep.variants)} variants at {len(points[sweep.baseline])} points;"
         f" the baseline has {used['parameters']:,} parameters and trains on {used['tokens']:,} tokens"
         f" ({used['flops']:.2e} flops). Equal for all{' of a group' * is_grouped}: {equal}"
-        + (f"; but for {', '.join(exempt)}." if exempt else "."),
+        + (f"; but for {', '.join(exempt)}." if exempt else ".")
+        + _choice(sweep),
         f"The metric is `{sweep.metric}`, {'less' if sweep.is_less_better else 'more'} is better; a difference of"
         f" {sweep.smallest:g} counts. Intervals are Student's over seeds; differences are paired by seed, which"
         " decides the order of data, and initialisation where shapes allow; p-values are of the paired test, corrected"
@@ -160,6 +161,15 @@ def introduction(table: analysis.Table) -> list[str]:
             else []
         ),
     ]
+
+
+def _choice(sweep: sweep_lib.Sweep) -> str:
+    """Returns who chose the values of tuned axes, in words."""
+    if not sweep.tuned:
+        return ""
+    count = len(sweep.choosing_seeds)
+    who = "all seeds" if count == sweep.seeds else f"{count} of the seeds, which are in the means"
+    return f" Values of {', '.join(f'`{path}`' for path in sweep.tuned)} are chosen by {who}."
 
 
 def conclusions(table: analysis.Table) -> list[str]:

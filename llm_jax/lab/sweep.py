@@ -102,6 +102,8 @@ class Sweep:
       grid: values by the path of their setting; each variant runs at each point.
       tuned: axes of the grid of which each variant has its own best value in the table.
       seeds: runs of each.
+      tuning_seeds: so many of them run at all points, and choose the values of tuned axes, with which the others then
+        run alone; 0: all seeds run at all points.
       budgets: what must be equal, and is checked before anything runs.
       metric: of `metrics.jsonl`, at the end of a run.
       is_less_better: whether a lower value wins.
@@ -128,6 +130,7 @@ class Sweep:
     grid: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     tuned: tuple[str, ...] = ()
     seeds: int = 3
+    tuning_seeds: int = 0
     budgets: tuple[Budget, ...] = (Budget("tokens"),)
     metric: str = LOSS
     is_less_better: bool = True
@@ -152,6 +155,8 @@ class Sweep:
             raise ValueError(
                 f"{self.name}: {self.tuned} are tuned, and the grid has {[*self.grid]}"
             )
+        if self.tuning_seeds and not self.tuned:
+            raise ValueError(f"{self.name}: {self.tuning_seeds} seeds choose, and no axis is tuned")
         for variant in self.variants:
             # Other axes are what variants are compared at.
             if not set(variant.grid) <= set(self.tuned):
@@ -177,12 +182,16 @@ class Sweep:
             return self.baseline
         return next(one.name for one in self.variants if one.group == group)
 
-    def runs(self, only: Sequence[str] = (), seeds: int | None = None) -> list[Run]:
-        """Returns all runs, the first seed of each first.
+    @property
+    def choosing_seeds(self) -> range:
+        """The seeds that run at all points."""
+        return range(min(self.tuning_seeds or self.seeds, self.seeds))
+
+    def runs(self, only: Sequence[str] = ()) -> list[Run]:
+        """Returns the runs of all points, the first seed of each first; see `analysis.further_runs` for the rest.
 
         Args:
           only: names of variants; none: all.
-          seeds: of each; None: as many as the sweep has.
 
         Raises:
           errors.UserError: there is no such variant.
@@ -196,7 +205,7 @@ class Sweep:
                 )
         return [
             Run(name, point, seed)
-            for seed in range(self.seeds if seeds is None else seeds)
+            for seed in self.choosing_seeds
             for name in (only or known)
             for point in self.points(name)
         ]

@@ -39,7 +39,7 @@ def test_a_run_is_the_base_and_its_differences():
     assert (config.optim.learning_rate, config.train.z_loss) == (1e-2, 1e-4)
     base = config_lib.from_config_dict(sweeps.base())
     assert config.model.embed_dim == base.model.embed_dim
-    assert own.runs(only=["gelu"], seeds=1) == [
+    assert dataclasses.replace(own, seeds=1).runs(only=["gelu"]) == [
         r for r in runs if r.variant == "gelu" and not r.seed
     ]
 
@@ -101,12 +101,43 @@ def test_variants_may_have_rates_of_their_own():
         sweep.Variant("plain"),
         sweep.Variant("lion", grid={"optim.learning_rate": (1e-4,)}),
     )
-    own = _sweep(variants=variants, grid=rates, tuned=tuple(rates))
-    assert [run.point[0][1] for run in own.runs(["plain"], 1)] == [1e-3, 2e-3]
-    assert [run.point[0][1] for run in own.runs(["lion"], 1)] == [1e-4]
+    own = _sweep(variants=variants, grid=rates, tuned=tuple(rates), seeds=1)
+    assert [run.point[0][1] for run in own.runs(["plain"])] == [1e-3, 2e-3]
+    assert [run.point[0][1] for run in own.runs(["lion"])] == [1e-4]
     # What variants are compared at is the same for all.
     with pytest.raises(ValueError, match="lion has values of its own"):
         dataclasses.replace(own, tuned=())
+
+
+def test_some_seeds_choose_and_the_others_run_with_what_they_chose(tmp_path):
+    rates = {"optim.learning_rate": (1e-3, 2e-3, 4e-3)}
+    own = _sweep(grid=rates, tuned=tuple(rates), seeds=4, tuning_seeds=2)
+    assert len(own.runs()) == 2 * 3 * 2
+    found = results.Results(tmp_path, own)
+    with pytest.raises(errors.UserError, match="is missing"):
+        analysis.further_runs(own, found)
+    best = {"plain": 2e-3, "gelu": 4e-3}
+
+    def value(run):
+        # The seeds that do not choose would have chosen another one.
+        other = 1.0 if run.seed >= 2 else 0.0
+        return 3.0 + (run.point[0][1] != best[run.variant]) + other + 0.01 * run.seed
+
+    found = _filled(own, tmp_path, value)
+    further = analysis.further_runs(own, found)
+    assert {(run.variant, run.point[0][1], run.seed) for run in further} == {
+        (name, rate, seed) for name, rate in best.items() for seed in (2, 3)
+    }
+    with pytest.raises(errors.UserError, match="seed=2 is missing"):
+        analysis.tabulate(own, found)
+    for run in further:
+        found.add(run, _result(value(run)))
+    table = analysis.tabulate(own, found)
+    assert [dict(row.tuned)["optim.learning_rate"] for row in table.rows] == [2e-3, 4e-3]
+    assert table.num_seeds == 4 and table.rows[0].value.count == 4
+    assert analysis.further_runs(dataclasses.replace(own, tuning_seeds=0), found) == []
+    with pytest.raises(ValueError, match="no axis is tuned"):
+        _sweep(tuning_seeds=1)
 
 
 def test_a_probe_follows_a_run(tmp_path):
