@@ -5,7 +5,7 @@
     descriptions       TF-IDF vectors of queries and documents, by their cosine
     definitions        the answer to the question that is nearest by TF-IDF, of the training split
     spans              the first definition of the context; and the one that stands behind the term, by a rule
-    translation_it     the source as it is
+    translation_it     the source as it is; and the translation of the nearest source of the training split
     relations          the relation that most pairs of the training split have
 
 Data are those that `python -m experiments.tasks.data NAME` wrote. Scores are on the test split and are kept in
@@ -88,27 +88,38 @@ def summaries(name: str, change: preprocessing.Stage) -> Baseline:
 
 
 def translation(name: str, change: preprocessing.Stage) -> Baseline:
-    """The source, which shares names and numbers with its translation."""
-    test = read(name, "test")
-    sources = [row["source"] for row in test]
-    return _texts(sources, [row["target"] for row in test], sources)
+    """The source, which shares names and numbers with its translation; and a memory of translations."""
+    train, test = read(name, "train"), read(name, "test")
+    sources, targets = ([row[key] for row in test] for key in ("source", "target"))
+    found = _texts(sources, targets, sources)
+    nearest = _nearest([row["source"] for row in train], sources, change)
+    said = [train[index]["target"] for index in nearest]
+    memory = metrics.texts(said, targets).estimates
+    remembered = {f"memory/{key}": one for key, one in memory.items()}
+    return dataclasses.replace(found, scores=dict(found.scores) | remembered)
 
 
 def definitions(name: str, change: preprocessing.Stage) -> Baseline:
     """The answer to the nearest question, by characters: of other terms, as no term is in two splits."""
+    train, test = read(name, "train"), read(name, "test")
+    questions = [row["question"] for row in test]
+    nearest = _nearest([row["question"] for row in train], questions, change)
+    said = [train[index]["answer"] for index in nearest]
+    return _texts(questions, [row["answer"] for row in test], said)
+
+
+def _nearest(known: Sequence[str], asked: Sequence[str], change: preprocessing.Stage) -> list[int]:
+    """Returns for each text the place of the known one that is nearest to it, by TF-IDF of runs of characters."""
     from sklearn.feature_extraction import text
 
-    train, test = read(name, "train"), read(name, "test")
     vectoriser = text.TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), preprocessor=change)
-    known_MD = vectoriser.fit_transform([row["question"] for row in train])
-    asked_ND = vectoriser.transform([row["question"] for row in test])
+    known_MD = vectoriser.fit_transform(known)
+    asked_ND = vectoriser.transform(asked)
     nearest = []
     for start in range(0, asked_ND.shape[0], 256):
-        nearest += (
-            np.asarray((asked_ND[start : start + 256] @ known_MD.T).argmax(axis=1)).ravel().tolist()
-        )
-    said = [train[index]["answer"] for index in nearest]
-    return _texts([row["question"] for row in test], [row["answer"] for row in test], said)
+        scores = asked_ND[start : start + 256] @ known_MD.T
+        nearest += np.asarray(scores.argmax(axis=1)).ravel().tolist()
+    return nearest
 
 
 def spans(name: str, change: preprocessing.Stage) -> Baseline:

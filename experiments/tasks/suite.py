@@ -148,7 +148,10 @@ TASKS: dict[str, Task] = {
             ),
         },
         ("bleu", "chrf"),
-        (("the source as it is", "translation_it-baseline", "bleu"),),
+        (
+            ("the nearest source's translation", "translation_it-baseline", "memory/bleu"),
+            ("the source as it is", "translation_it-baseline", "bleu"),
+        ),
         Outputs("generation-test.jsonl", "source"),
     ),
     "translation_it_decoder": Task(
@@ -162,7 +165,10 @@ TASKS: dict[str, Task] = {
             ),
         },
         ("bleu", "chrf"),
-        (("the source as it is", "translation_it-baseline", "bleu"),),
+        (
+            ("the nearest source's translation", "translation_it-baseline", "memory/bleu"),
+            ("the source as it is", "translation_it-baseline", "bleu"),
+        ),
         Outputs("generation-test.jsonl", "source"),
     ),
     "summaries": Task(
@@ -309,6 +315,7 @@ TASKS: dict[str, Task] = {
         (
             ("from scratch, as many steps", "stage evaluate from scratch", "bleu"),
             ("Italian alone", "stage before", "bleu"),
+            ("the nearest source's translation", "translation_fr-baseline", "memory/bleu"),
             ("the source as it is", "translation_fr-baseline", "bleu"),
         ),
         Outputs("generation-test.jsonl", "source"),

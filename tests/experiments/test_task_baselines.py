@@ -75,3 +75,12 @@ def test_what_is_not_there_is_named(write):
         errors.UserError, match="run python -m experiments.tasks.data translation:it"
     ):
         baselines.score("translation_it", [])
+
+
+def test_a_memory_says_the_translation_of_the_nearest_source(write):
+    pairs = [("a red apple", "una mela rossa"), ("three old houses", "tre vecchie case")]
+    rows = [{"source": source, "target": target} for source, target in pairs]
+    write("translation_it", "train", rows)
+    write("translation_it", "test", [{"source": "the red apples", "target": "una mela rossa"}])
+    assert _value("translation_it", "memory/exact_match") == 1.0
+    assert _value("translation_it", "exact_match") == 0.0
