@@ -48,11 +48,19 @@ def _kinds(tree):
 
 
 @pytest.mark.parametrize(
-    "name", ["adamw", *(pytest.param(x, marks=pytest.mark.long) for x in ("muon", "adafactor"))]
+    "name",
+    [
+        "adamw",
+        *(
+            pytest.param(x, marks=pytest.mark.long)
+            for x in ("muon", "adafactor", "soap", "schedule_free")
+        ),
+    ],
 )
 def test_an_update_is_the_same_with_its_state_in_host_memory(name):
-    wanted = _run(_config(optim={"name": name}))
-    state = _run(_config(optim={"name": name, "offload_state": True}))
+    optim = {"name": name, "schedule": "constant"}
+    wanted = _run(_config(optim=optim))
+    state = _run(_config(optim=optim | {"offload_state": True}))
     assert _kinds(state.opt_state) == {"pinned_host"}
     assert _kinds(state.model) == _kinds(wanted) == {"device"}
     helpers.assert_equal(jax.tree.leaves(state), jax.tree.leaves(wanted))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llm_jax import train_step
 from llm_jax import trees
@@ -72,8 +73,9 @@ def test_fingerprints_of_pieces_sum_to_that_of_the_whole(monkeypatch):
     trees._fingerprints.clear_cache()
 
 
-def test_names_in_nested_trees_come_back():
-    config = helpers.tiny_run_config(optim={"name": "muon"})
+@pytest.mark.parametrize("name", ["muon", "soap", "schedule_free"])
+def test_names_in_nested_trees_come_back(name):
+    config = helpers.tiny_run_config(optim={"name": name, "schedule": "constant"})
     mesh, rules = helpers.make_mesh()
     with jax.set_mesh(mesh):
         state = jax.jit(functools.partial(train_step.init_state, config, rules))()
