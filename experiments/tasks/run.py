@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from llm_jax import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = pathlib.Path(__file__).parent / "results"
+_RUNS = re.compile(r"(^|[=:,])runs/")
 _LONGEST = 240  # characters of a text that is shown
 
 
@@ -124,15 +126,10 @@ class Runner:
 
     def _argv(self, line: str) -> list[str]:
         """Returns a command with `runs/` as the folder of this machine."""
-        return [
-            part.replace("=runs/", f"={self._runs}/").replace(":runs/", f":{self._runs}/")
-            if not part.startswith("runs/")
-            else f"{self._runs}/{part.removeprefix('runs/')}"
-            for part in shlex.split(line)
-        ]
+        return [_RUNS.sub(rf"\g<1>{self._runs}/", part) for part in shlex.split(line)]
 
     def _row(self, said: str) -> dict[str, Any]:
-        found = json.loads(said)
+        found = json.loads(said.replace(f"{self._runs}/", "runs/"))
         done = self._stages()
         return {
             "title": self._task.title,

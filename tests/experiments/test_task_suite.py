@@ -161,6 +161,24 @@ def test_what_fails_is_told_and_what_was_done_is_kept(runner):
     assert (folder / "count").read_text() == "xx"
 
 
+def test_runs_lie_where_they_are_told_to_and_rows_do_not_say_where(runner):
+    runs, folder = runner
+    elsewhere = f"{folder}/elsewhere"
+    argv = runs._argv("m runs/x --config=f.py:runs/x --after=runs/a,runs/b 'jsonl:~/runs/c'")
+    assert argv == [
+        "m",
+        f"{elsewhere}/x",
+        f"--config=f.py:{elsewhere}/x",
+        f"--after={elsewhere}/a,{elsewhere}/b",
+        "jsonl:~/runs/c",
+    ]
+    with pytest.raises(errors.UserError):
+        runs.run()
+    runs.run()
+    said = json.dumps({"score": "loss", "runs": {f"{elsewhere}/a": {}}, "examples": 1})
+    assert runs._row(said)["found"]["runs"] == {"runs/a": {}}
+
+
 def test_training_that_was_stopped_is_not_done(runner, monkeypatch):
     runs, folder = runner
     line = "llm_jax.train --workdir=runs/x"
