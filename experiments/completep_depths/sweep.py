@@ -30,34 +30,14 @@ def _variant(parametrisation, depth):
     return sweep.Variant(f"{parametrisation}_{depth}", changes, group=f"depth {depth}")
 
 
-def _best(table, parametrisation):
-    names = {depth: f"{parametrisation}_{depth}" for depth in _DEPTHS}
-    return optima.best_rates(table, names, _RATES)
-
-
 def findings(table: analysis.Table) -> list[analysis.Finding]:
     """Holds the optimum's drift over depths to Dey et al. 2025, figure 1."""
-    found, drifts = [], {}
-    for name in _NAMES:
-        best = _best(table, name)
-        power = drifts[name] = optima.power_of_size(best)
-        text = (
-            f"{name}: best rates by depth {optima.shown(best)}; they go with the depth to the power {power.mean:+.2f}"
-            f" [{power.low:+.2f}, {power.high:+.2f}]."
-        )
-        holds = power.high < 0 if name == "mup" else abs(power.mean) < 0.2
-        found.append(analysis.Finding(text, bool(holds), f"{name} {power.mean:+.2f}"))
-    rate = optima.nearest(_best(table, "completep")[_DEPTHS[0]], _RATES)
-    deepest = [f"{name}_{_DEPTHS[-1]}" for name in ("completep", "mup")]
-    cells = tuple(table.cell(name, learning_rate=rate) for name in deepest)
-    (one,) = table.contrasts([cells])
-    text = (
-        f"at the rate that is best at the base, {rate:g}, the deepest model with completep against mup:"
-        f" {one.difference.mean:+.4f}, {one.verdict}."
-    )
-    holds = {"better": True, "worse": False}.get(one.verdict.partition(",")[0])
-    found.append(analysis.Finding(text, holds, f"transferred {one.difference.mean:+.3f}"))
-    return found
+    variants = {name: {depth: f"{name}_{depth}" for depth in _DEPTHS} for name in _NAMES}
+    expected = {
+        "mup": lambda power: power.high < 0,
+        "completep": lambda power: abs(power.mean) < 0.2,
+    }
+    return optima.findings(table, variants, _RATES, "depth", expected)
 
 
 SWEEP = sweep.Sweep(

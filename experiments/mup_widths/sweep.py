@@ -30,35 +30,16 @@ def _variant(parametrisation, width):
     return sweep.Variant(f"{parametrisation}_{width}", changes, group=f"width {width}")
 
 
-def _best(table, parametrisation):
-    names = {width: f"{parametrisation}_{width}" for width in _WIDTHS}
-    return optima.best_rates(table, names, _RATES)
-
-
 def findings(table: analysis.Table) -> list[analysis.Finding]:
     """Holds the optimum's drift over widths to Yang et al. 2022, figure 1."""
-    found = []
-    for name in ("standard", "mup"):
-        best = _best(table, name)
-        power = optima.power_of_size(best)
-        text = (
-            f"{name}: best rates by width {optima.shown(best)}; they go with the width to the power {power.mean:+.2f}"
-            f" [{power.low:+.2f}, {power.high:+.2f}]."
-        )
-        holds = power.high < -0.25 if name == "standard" else abs(power.mean) < 0.25
-        found.append(analysis.Finding(text, bool(holds), f"{name} {power.mean:+.2f}"))
-    # With the rate that is best at the base, as one would transfer it.
-    rate = optima.nearest(_best(table, "mup")[_WIDTHS[0]], _RATES)
-    widest = [f"{name}_{_WIDTHS[-1]}" for name in ("mup", "standard")]
-    cells = tuple(table.cell(name, learning_rate=rate) for name in widest)
-    (one,) = table.contrasts([cells])
-    text = (
-        f"at the rate that is best at the base, {rate:g}, the widest model with mup against standard:"
-        f" {one.difference.mean:+.4f}, {one.verdict}."
-    )
-    holds = {"better": True, "worse": False}.get(one.verdict.partition(",")[0])
-    found.append(analysis.Finding(text, holds, f"transferred {one.difference.mean:+.3f}"))
-    return found
+    variants = {
+        name: {width: f"{name}_{width}" for width in _WIDTHS} for name in ("standard", "mup")
+    }
+    expected = {
+        "standard": lambda power: power.high < -0.25,
+        "mup": lambda power: abs(power.mean) < 0.25,
+    }
+    return optima.findings(table, variants, _RATES, "width", expected)
 
 
 SWEEP = sweep.Sweep(

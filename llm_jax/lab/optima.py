@@ -1,5 +1,6 @@
 """Where optima lie as models grow: the best learning rate of each size, and how it goes with the size."""
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -60,3 +61,42 @@ def shown(best: Mapping[int, Sequence[float]]) -> str:
 def nearest(best: Sequence[float], rates: Sequence[float]) -> float:
     """Returns the rate of the axis that lies nearest to the best one of a size, on average over seeds."""
     return min(rates, key=lambda rate: abs(np.log2(rate) - np.mean(best)))
+
+
+def findings(
+    table: analysis.Table,
+    variants: Mapping[str, Mapping[int, str]],
+    rates: Sequence[float],
+    size: str,
+    expected: Mapping[str, Callable[[statistics.Interval], bool]],
+) -> list[analysis.Finding]:
+    """Returns how best rates go with the size, and whether the one of the smallest model serves the largest.
+
+    Args:
+      table: of runs at all rates.
+      variants: by parametrisation and size; the last parametrisation is the one that is to keep its rates.
+      rates: the values of the axis.
+      size: what grows: "width".
+      expected: for each parametrisation, whether a power of the size is what its source says.
+    """
+    found = []
+    best = {name: best_rates(table, of_size, rates) for name, of_size in variants.items()}
+    for name, of_size in best.items():
+        power = power_of_size(of_size)
+        text = (
+            f"{name}: best rates by {size} {shown(of_size)}; they go with the {size} to the power {power.mean:+.2f}"
+            f" [{power.low:+.2f}, {power.high:+.2f}]."
+        )
+        holds = bool(expected[name](power))
+        found.append(analysis.Finding(text, holds, f"{name} {power.mean:+.2f}"))
+    other, keeping = variants
+    smallest, largest = min(variants[keeping]), max(variants[keeping])
+    rate = nearest(best[keeping][smallest], rates)
+    cells = [table.cell(variants[name][largest], learning_rate=rate) for name in (keeping, other)]
+    (one,) = table.contrasts([tuple(cells)])
+    text = (
+        f"at the rate that is best at the base, {rate:g}, the model of the largest {size} with {keeping} against {other}:"
+        f" {one.difference.mean:+.4f}, {one.verdict}."
+    )
+    holds = {"better": True, "worse": False}.get(one.verdict.partition(",")[0])
+    return [*found, analysis.Finding(text, holds, f"transferred {one.difference.mean:+.3f}")]
