@@ -102,12 +102,10 @@ def is_averaged(config: config_lib.OptimConfig) -> bool:
 
 
 def gradient_point(config: config_lib.OptimConfig, opt_state: Any, params: Any) -> Any:
-    """Returns the parameters that the gradient is taken at: those of the model, but for schedule-free.
+    """Returns the parameters that an averaging optimiser wants the gradient of.
 
     Between the average x and what moves, z: y = (1 - b1) z + b1 x (Defazio et al. 2024, equation 3).
     """
-    if not is_averaged(config):
-        return params
     return _between(config.b1, opt_state.z, params)
 
 

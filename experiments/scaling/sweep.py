@@ -14,10 +14,8 @@ from llm_jax.lab import sweep
 # Training flops, and the widths of the models that spend them.
 _BUDGETS = {1e11: (32, 48, 64, 96), 4e11: (32, 48, 64, 96, 128), 1.6e12: (64, 96, 128, 192, 256)}
 _HELD_OUT, _HELD_OUT_BUDGET, _HELD_OUT_WIDTH = "held_out", 6.4e12, 256
-_PAPER = (
-    0.46,
-    0.50,
-)  # the power of compute that the best size goes with, by their three approaches
+# The power of compute that the best size goes with, by the lowest and the highest of their three approaches.
+_PAPER = (0.46, 0.50)
 
 
 def base():

@@ -1,8 +1,8 @@
 """Results of a sweep to the rows of its table, and what is no fair comparison.
 
 A row is a variant at a point of the axes that are not tuned; of a tuned axis it has the value whose mean is best, of
-runs that did not diverge, or of the seeds that choose where not all do. It stands beside the baseline's row at the same point, which has a best value of its own; of
-another group of variants than the baseline's, beside the first of its group.
+runs that did not diverge, or of the seeds that choose where not all do. It stands beside the baseline's row at the same
+point, which has a best value of its own; of another group of variants than the baseline's, beside the first of its group.
 """
 
 from collections.abc import Iterable
