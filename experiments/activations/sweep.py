@@ -34,7 +34,7 @@ def findings(table: analysis.Table) -> list[analysis.Finding]:
         text = (
             f"{one} against {other}: {gain:+.4f} nats a byte, {contrast.verdict} (paper: {paper})."
         )
-        holds = {"better": True, "worse": False}.get(contrast.verdict.partition(",")[0])
+        holds = contrast.bears_out("better")
         found.append(analysis.Finding(text, holds, f"{one} {gain:+.3f}"))
     return found
 

@@ -37,7 +37,7 @@ def findings(table: analysis.Table) -> list[analysis.Finding]:
         f"loss of the task by rate: {shown}; the best is {best:.0%}. 40% against 15%: {forty.difference.mean:+.4f},"
         f" {forty.verdict} (paper: no worse, and better in large models)."
     )
-    holds = not forty.verdict.startswith("worse") if is_told else None
+    holds = forty.bears_out("no worse") if is_told else None
     found.append(analysis.Finding(text, holds, f"40% {forty.difference.mean:+.3f}"))
     most = table.row(_name(0.8)).comparison
     text = f"80% against 15%: {most.difference.mean:+.4f}, {most.verdict} (paper: worse, and far better than nothing)."

@@ -139,7 +139,7 @@ _CLAIMS = (
     ),
     ("switch", "dense", "so does one expert a token (Fedus et al. 2021)", "better"),
     ("dense_params", "softmax", "a dense model of as many parameters is better still", "better"),
-    ("hash", "switch", "hashing is close to a learned choice (Roller et al. 2021)", "close"),
+    ("hash", "switch", "hashing is close to a learned choice (Roller et al. 2021)", "no worse"),
     ("random", "softmax", "learned routing beats chance", "worse"),
     ("frozen", "softmax", "and a router that does not learn", "worse"),
     (
@@ -173,19 +173,14 @@ def findings(table: analysis.Table) -> list[analysis.Finding]:
         f" {none:.3f} without balancing, {loss:.3f} with the balance loss; loss {against_none.difference.mean:+.3f}"
         f" ({against_none.verdict}) and {against_loss.difference.mean:+.3f} ({against_loss.verdict}) against these."
     )
-    is_free = not any(one.verdict.startswith("worse") for one in (against_none, against_loss))
+    is_free = all(one.bears_out("no worse") for one in (against_none, against_loss))
     found = [
         analysis.Finding(text, bool(free < none / 3 and is_free), f"violation / {none / free:.0f}")
     ]
     for (one, other, claim, wanted), comparison in zip(_CLAIMS, compared, strict=False):
         change, verdict = comparison.difference, comparison.verdict
         text = f"{one} against {other}: {change.mean:+.3f} [{change.low:+.3f}, {change.high:+.3f}], {verdict} (paper: {claim})."
-        said = verdict.partition(",")[0]
-        if wanted == "close":
-            holds = said != "worse"
-        else:
-            opposite = {"better": "worse", "worse": "better"}[wanted]
-            holds = {wanted: True, opposite: False}.get(said)
+        holds = comparison.bears_out(wanted)
         found.append(analysis.Finding(text, holds, f"{one} {change.mean:+.3f}"))
     return found
 

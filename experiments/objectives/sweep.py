@@ -23,14 +23,10 @@ def findings(table: analysis.Table) -> list[analysis.Finding]:
     )
     is_told = untrained.verdict.startswith("worse")
     found = [analysis.Finding(text, is_told)]
-    for name, paper in (
-        ("prefix", "better"),
-        ("span_corruption", "better"),
-        ("ul2", "better"),
-    ):
+    for name in ("prefix", "span_corruption", "ul2"):
         comparison = table.row(name).comparison
-        text = f"{name} against causal: {comparison.difference.mean:+.4f}, {comparison.verdict} (paper: {paper})."
-        holds = {"better": True, "worse": False}.get(comparison.verdict.partition(",")[0])
+        text = f"{name} against causal: {comparison.difference.mean:+.4f}, {comparison.verdict} (paper: better)."
+        holds = comparison.bears_out("better")
         effect = f"{name} {comparison.difference.mean:+.3f}"
         found.append(analysis.Finding(text, holds if is_told else None, effect))
     return found

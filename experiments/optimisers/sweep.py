@@ -56,11 +56,7 @@ def findings(table: analysis.Table) -> list[analysis.Finding]:
             f"{name} against AdamW: {comparison.difference.mean:+.4f}, {comparison.verdict}; it {reached}"
             f" (papers: {claim})."
         )
-        verdict = comparison.verdict.partition(",")[0]
-        holds = {
-            "better": {"better": True, "worse": False}.get(verdict),
-            "no worse": verdict != "worse",
-        }[claim]
+        holds = comparison.bears_out(claim)
         found.append(analysis.Finding(text, holds, f"{name} {comparison.difference.mean:+.3f}"))
     bad = table.row(_BAD)
     gains = [
@@ -70,7 +66,7 @@ def findings(table: analysis.Table) -> list[analysis.Finding]:
         f"AdamW as defaults have it is {bad.comparison.difference.mean:+.4f} from the tuned one: beside it"
         f" {', '.join(gains) or 'no optimiser'} would have looked better."
     )
-    found.append(analysis.Finding(text, bad.comparison.difference.mean > 0, "untuned"))
+    found.append(analysis.Finding(text, bool(bad.comparison.difference.mean > 0), "untuned"))
     return found
 
 

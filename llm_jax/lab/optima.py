@@ -98,5 +98,5 @@ def findings(
         f"at the rate that is best at the base, {rate:g}, the model of the largest {size} with {keeping} against {other}:"
         f" {one.difference.mean:+.4f}, {one.verdict}."
     )
-    holds = {"better": True, "worse": False}.get(one.verdict.partition(",")[0])
+    holds = one.bears_out("better")
     return [*found, analysis.Finding(text, holds, f"transferred {one.difference.mean:+.3f}")]

@@ -102,6 +102,14 @@ class Comparison:
     adjusted: float
     verdict: str
 
+    def bears_out(self, claim: str) -> bool | None:
+        """Returns whether a claim came out: "better", "worse" or "no worse"; None: it cannot be told."""
+        said = self.verdict.partition(",")[0]
+        if claim == "no worse":
+            return said != "worse"
+        opposite = {"better": "worse", "worse": "better"}[claim]
+        return {claim: True, opposite: False}.get(said)
+
 
 def compare(
     pairs: Sequence[tuple[Sequence[float], Sequence[float]]],

@@ -107,6 +107,10 @@ def test_verdicts(values, verdict):
     pair = (np.asarray(values) + 2.0, np.full(len(values), 2.0))
     (found,) = statistics.compare([pair], is_less_better=True, smallest=0.05)
     assert found.verdict == verdict
+    said = verdict.partition(",")[0]
+    claims = {"better": (True, False, True), "worse": (False, True, False)}
+    wanted = claims[said] if said in claims else (None, None, True)
+    assert tuple(map(found.bears_out, ("better", "worse", "no worse"))) == wanted
     if verdict == "better":
         (found,) = statistics.compare([pair], is_less_better=False, smallest=0.05)
         assert found.verdict == "worse"
