@@ -15,7 +15,7 @@ from tests.checkpoint import states
 
 @pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
 def test_the_state_of_every_optimiser_comes_back(tmp_path, name):
-    config = helpers.tiny_run_config(optim={"name": name})
+    config = helpers.tiny_run_config(optim={"name": name, "schedule": "constant"})
     source, target = helpers.make_mesh(*states.MESHES["data2_tensor2"]), helpers.make_mesh()
     states.save(tmp_path, config, *source, 3)
     restored = states.restore(tmp_path, config, *target)
