@@ -218,10 +218,13 @@ def test_tensorflow_sees_no_accelerator(monkeypatch):
 def test_only_the_pipeline_imports_tensorflow():
     """It takes seconds, which sampling and the handling of files need not wait for."""
     code = """
-import sys
+import os, sys
 from llm_jax.data import batch, objectives, packing, prepare, sources, token_cache, tokenizer
 assert "tensorflow" not in sys.modules
 from llm_jax.data import pipeline
 assert "tensorflow" in sys.modules
+assert "keras" not in sys.modules
+assert "TF_USE_LEGACY_KERAS" not in os.environ
+assert pipeline.tf.keras.__version__.startswith("3.")
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
