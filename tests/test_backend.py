@@ -45,6 +45,7 @@ def _run(is_kept: bool) -> tuple[str, int]:
     return answer, int(num_faults)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_a_step_need_not_pay_for_pages_again():
     answer, num_faults = _run(True)

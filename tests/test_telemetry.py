@@ -36,7 +36,9 @@ def _observed(family, **optim):
         return config, mesh, state, batch, found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["decoder", "encoder", pytest.param("encoder_decoder", marks=pytest.mark.long)]
+)
 def test_each_layer_is_looked_at(family):
     config, mesh, state, batch, found = _observed(family)
     layers = config.model.num_layers

@@ -112,6 +112,7 @@ def uninterrupted(config_file, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_again_and_again_ends_as_the_uninterrupted_one(
     config_file, uninterrupted, tmp_path
 ):

@@ -40,7 +40,7 @@ def small():
     return dict(zip(SMALL, kernel_cost.costs(list(SMALL.values()))))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_grid_twice_as_long_takes_twice_the_time(small):
     (once,), (twice,) = small["once"].kernels, small["twice"].kernels
     assert twice.cycles == pytest.approx(2 * once.cycles, rel=0.03)
@@ -49,7 +49,7 @@ def test_a_grid_twice_as_long_takes_twice_the_time(small):
     assert once.vmem_bytes == twice.vmem_bytes > 2 * 512 * 512 * 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_traffic_is_that_of_the_blocks(small):
     (kernel,) = small["once"].kernels
     blocks = 16 * 2 * 2  # of either operand, one for each step
@@ -58,7 +58,7 @@ def test_traffic_is_that_of_the_blocks(small):
     assert kernel.seconds > (kernel.hbm_bytes_read + kernel.hbm_bytes_written) / 819e9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tables_decide_what_is_fetched_and_unknown_ones_are_said(small):
     (known,), (unknown,) = small["known"].kernels, small["unknown"].kernels
     assert known.is_exact and small["known"].is_exact
@@ -67,7 +67,7 @@ def test_tables_decide_what_is_fetched_and_unknown_ones_are_said(small):
     assert all("operand 0" in guess for guess in unknown.guesses)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tables_that_one_kernel_makes_for_another_are_known(small):
     few, all_rows = small["few rows"], small["all rows"]
     assert few.is_exact and all_rows.is_exact and len(few.kernels) == 2
@@ -76,7 +76,7 @@ def test_tables_that_one_kernel_makes_for_another_are_known(small):
     assert shares[1] / shares[0] == pytest.approx((16 + 3) / (4 + 1), rel=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loop_costs_its_turns(small):
     short, long = small["loop"], small["longer loop"]
     turn = sum(o.seconds * o.num_executions for o in short.operations) / 5
@@ -85,7 +85,7 @@ def test_a_loop_costs_its_turns(small):
     assert turn > 2 * 1024**3 / 197e12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cube_gathers_around_its_rings():
     case = dataclasses.replace(_case("lower_gathered_product", "v5p:4x4x4"), is_executed=False)
     (cost,) = kernel_cost.costs([case])
@@ -94,7 +94,7 @@ def test_a_cube_gathers_around_its_rings():
     assert cost.collectives[0].num_bytes == 2 * 2048 * 2048
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_refusals_are_results_with_a_reason(small):
     assert small["misshapen"].stage == "lowering"
     assert small["misshapen"].reason.startswith("TypeError: dot_general requires")
@@ -104,20 +104,20 @@ def test_refusals_are_results_with_a_reason(small):
         kernel_cost.kernel_costs(SMALL["misshapen"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_takes_too_long_is_refused():
     (result,) = kernel_cost.costs([_case("lower_endless")], timeout_seconds=6)
     assert "6 s" in result.reason
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_ends_the_compiler_is_refused_and_the_rest_goes_on():
     dead, known = kernel_cost.costs([_case("lower_and_die"), SMALL["known"]])
     assert "signal 6" in dead.reason
     assert isinstance(known, kernel_cost.ProgramCost)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cache_answers_for_the_same_program_alone(tmp_path):
     cache = str(tmp_path / "cache")
     cases = [SMALL["known"], SMALL["unknown"]]
@@ -130,7 +130,7 @@ def test_the_cache_answers_for_the_same_program_alone(tmp_path):
     assert again == [dataclasses.replace(result, seconds=1.0) for result in first]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_program_that_is_known_is_not_compiled_again(small):
     known = small["known"].fingerprint
     cases = [SMALL["known"], SMALL["unknown"]]
@@ -167,7 +167,7 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_published_times_are_met():
     results = kernel_cost.costs([case for case, _, _ in PUBLISHED])
     for result, (case, milliseconds, error) in zip(results, PUBLISHED):
@@ -180,7 +180,7 @@ def test_published_times_are_met():
 OTHER_MODEL = {"v5e:1x1": (2.44, 8.22), "v6e:1x1": (1.49, 4.45)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_model_of_attention_agrees():
     setting = peers.Setting("jax splash", (1024, 1024, 512))
     cases = [

@@ -67,7 +67,7 @@ def test_the_last_good_checkpoint_is_used_and_the_damaged_one_moved_aside(
     assert states.bits(states.restore(tmp_path, config, mesh, rules)) == contents[3]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whatever_file_is_damaged_the_state_is_never_wrong(three_steps, tmp_path, caplog):
     folder, contents = three_steps
     newest = folder / "checkpoints" / "3"

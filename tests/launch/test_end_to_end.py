@@ -77,7 +77,7 @@ def _job(workdir, texts) -> job_lib.Job:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_loses_its_machine_ends_on_another(cloud, tmp_path, monkeypatch):
     workdir, machine = tmp_path / "workdir", cloud.folder / "machine"
     monkeypatch.setenv("LAUNCH_PYTHON", sys.executable)

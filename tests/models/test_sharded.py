@@ -83,8 +83,8 @@ _MESHES_OF = {
 # One model is cut in every way each time; the others in these, and in all the rest by the long tests.
 _SHORT_OF = {
     "gpt2": ("dp", "fsdp_tp_seq", "multislice_ring"),
-    "kernels": ("fsdp_seq", "fsdp_ep"),
-    "experts": ("fsdp_ep_tp", "fsdp_ep_seq"),
+    "kernels": ("fsdp_seq",),
+    "experts": ("fsdp_ep_tp",),
     "switch": ("fsdp_ep_seq",),
 } | dict.fromkeys(("bert", "t5", "prefix", "gemma3", "latents", "lora"), ("fsdp_tp_seq",))
 

@@ -21,7 +21,7 @@ SQUARE = ("--config.mesh.data=2", "--config.mesh.tensor=2", "--config.mesh.rules
 SECONDS_TO_END = runs.HEARTBEAT_TIMEOUT + 30
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hosts_of_which_one_is_told_to_end_leave_a_run_that_one_process_goes_on_with(
     tmp_path, capsys
 ):
