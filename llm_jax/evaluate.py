@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import json
 import math
-import re
+import pathlib
 import sys
 from typing import Any
 
 from absl import flags
 from etils import epath
 import jax
+from ml_collections import config_flags
 
 from llm_jax import checkpoint
 from llm_jax import command
@@ -37,6 +38,7 @@ from llm_jax.data import pipeline
 from llm_jax.data import placement
 from llm_jax.data import prepare
 from llm_jax.data import tokenizer as tokenizer_lib
+from llm_jax.evaluation import files
 from llm_jax.evaluation import tasks
 from llm_jax.models import build
 
@@ -159,9 +161,13 @@ def _data(data: config_lib.DataConfig) -> config_lib.DataConfig:
 
 def _name_of_data() -> str:
     """Returns how files of scores tell what the flags ask for from what the run has."""
-    source = flags.FLAGS.source
-    given = [flags.FLAGS.split, source and source.rpartition("/")[2].partition(".")[0]]
-    return re.sub(r"\W+", "_", "-".join(filter(None, given)))
+    given, name = flags.FLAGS, ""
+    if given.source is not None:
+        name = files.name_of(given.source)
+    elif given.config is not None:
+        path, _, _ = config_flags.get_config_filename(given["config"]).partition(":")
+        name = pathlib.PurePath(path).stem
+    return "-".join(filter(None, [name, given.split]))
 
 
 def score(step_dir: epath.Path, meta: checkpoint.Meta) -> dict[str, float]:

@@ -16,12 +16,13 @@ import numpy as np
 from experiments.tasks import baselines
 from llm_jax import command
 from llm_jax.evaluation import bootstrap
+from llm_jax.evaluation import files
 from llm_jax.evaluation import metrics
 from llm_jax.sampling import generate
 from llm_jax.sampling import load
 from llm_jax.sampling import samplers
 
-FILE = "completion-test.jsonl"
+NAME = "completion-test"
 
 
 def halves(text: str, num_lines: int) -> tuple[str, str] | None:
@@ -72,14 +73,12 @@ def main() -> None:
         {"before": before, "target": after[:1000], "prediction": one.completion}
         for (before, after), one in zip(pairs, completions, strict=True)
     ]
-    folder = workdir / "evaluation" / str(loaded.step)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / FILE).write_text("".join(lines))
     scores = score(rows)
     for name, one in scores.items():
         print(f"{name:12} {bootstrap.Estimate(**one)}", file=sys.stderr)
-    print(json.dumps({"task": "completion", "examples": len(rows), "scores": scores}))
+    result = {"task": "completion", "examples": len(rows), "scores": scores}
+    files.write(str(workdir), loaded.step, NAME, result, rows)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

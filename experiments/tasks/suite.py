@@ -93,7 +93,7 @@ def _preprocessed(name: str, stages: str) -> Task:
         },
         ("accuracy", "macro_f1"),
         (("TF-IDF and a linear SVM after the same", baseline, "accuracy"),),
-        Outputs("classification-test.jsonl", None),
+        Outputs("classification-spam-test.jsonl", None),
     )
 
 
@@ -108,7 +108,7 @@ TASKS: dict[str, Task] = {
         },
         ("accuracy", "macro_f1"),
         (("TF-IDF and a linear SVM", "newsgroups-baseline", "accuracy"),),
-        Outputs("classification-test.jsonl", None),
+        Outputs("classification-newsgroups-test.jsonl", None),
     ),
     "spam": Task(
         "SpamAssassin, by MiniLM",
@@ -120,7 +120,7 @@ TASKS: dict[str, Task] = {
         },
         ("accuracy", "macro_f1"),
         (("TF-IDF and a linear SVM", "spam-baseline", "accuracy"),),
-        Outputs("classification-test.jsonl", None),
+        Outputs("classification-spam-test.jsonl", None),
     ),
     "spam_segment": _preprocessed("spam_segment", "normalise,segment"),
     "spam_stop_words": _preprocessed("spam_stop_words", "normalise,segment,stop_words"),
@@ -135,7 +135,7 @@ TASKS: dict[str, Task] = {
         },
         ("accuracy", "macro_f1"),
         (("TF-IDF and a linear SVM", "spam-baseline", "accuracy"),),
-        Outputs("classification-test.jsonl", None),
+        Outputs("classification-spam-test.jsonl", None),
     ),
     "translation_it": Task(
         "Debian's descriptions in Italian, an encoder-decoder from scratch",
@@ -152,7 +152,7 @@ TASKS: dict[str, Task] = {
             ("the nearest source's translation", "translation_it-baseline", "memory/bleu"),
             ("the source as it is", "translation_it-baseline", "bleu"),
         ),
-        Outputs("generation-test.jsonl", "source"),
+        Outputs("generation-translation_it-test.jsonl", "source"),
     ),
     "translation_it_decoder": Task(
         "The same by a decoder that is given the source",
@@ -169,7 +169,7 @@ TASKS: dict[str, Task] = {
             ("the nearest source's translation", "translation_it-baseline", "memory/bleu"),
             ("the source as it is", "translation_it-baseline", "bleu"),
         ),
-        Outputs("generation-test.jsonl", "source"),
+        Outputs("generation-translation_it-test.jsonl", "source"),
     ),
     "summaries": Task(
         "A line on a package, by SmolLM2 with low-rank updates",
@@ -181,7 +181,7 @@ TASKS: dict[str, Task] = {
         },
         ("rougeL", "rouge1"),
         (("the first sentence", "summaries-baseline", "rougeL"),),
-        Outputs("generation-test.jsonl", "long"),
+        Outputs("generation-summaries-test.jsonl", "long"),
     ),
     "definitions": Task(
         "What is X? By SmolLM2 with low-rank updates",
@@ -193,7 +193,7 @@ TASKS: dict[str, Task] = {
         },
         ("token_f1", "exact_match"),
         (("the nearest question's answer", "definitions-baseline", "token_f1"),),
-        Outputs("generation-test.jsonl", "question"),
+        Outputs("generation-definitions-test.jsonl", "question"),
     ),
     "spans": Task(
         "Where X is defined among definitions, by MiniLM",
@@ -208,7 +208,7 @@ TASKS: dict[str, Task] = {
             ("the first definition", "spans-baseline", "exact_match"),
             ("a rule that looks X up", "spans-baseline", "rule/exact_match"),
         ),
-        Outputs("spans-test.jsonl", "question"),
+        Outputs("spans-spans-test.jsonl", "question"),
     ),
     "code": Task(
         "Files of Python, by SmolLM2 with low-rank updates",
@@ -235,7 +235,7 @@ TASKS: dict[str, Task] = {
         },
         ("syntax", "exact_match", "chrf"),
         (("nothing written", "stage evaluate", "syntax_of_nothing"),),
-        Outputs("generation-test.jsonl", "before", is_continued=True),
+        Outputs("generation-python_fill-test.jsonl", "before", is_continued=True),
     ),
     "chat": Task(
         "Conversations of two questions, the second on the first, by SmolLM2 with low-rank updates",
@@ -248,7 +248,7 @@ TASKS: dict[str, Task] = {
         },
         ("exact_match", "token_f1"),
         (("SmolLM2 as it is", "stage before", "exact_match"),),
-        Outputs("chat-test.jsonl", "messages"),
+        Outputs("chat-conversations-test.jsonl", "messages"),
     ),
     "preferences": Task(
         "A line rather than a sentence: preferences, by SmolLM2 with low-rank updates",
@@ -260,7 +260,7 @@ TASKS: dict[str, Task] = {
         },
         ("accuracy", "likelier"),
         (("likelier by SmolLM2 as it is", "stage evaluate", "likelier_before"),),
-        Outputs("preferences-test.jsonl", "chosen", "rejected", "margin"),
+        Outputs("preferences-preferences-test.jsonl", "chosen", "rejected", "margin"),
     ),
     "graph": Task(
         "Entities and relations to a graph, by two MiniLMs",
@@ -281,7 +281,7 @@ TASKS: dict[str, Task] = {
             ("relations by the model", "stage evaluate relations", "accuracy"),
             ("the most frequent relation", "relations-baseline", "accuracy"),
         ),
-        Outputs("classification-test.jsonl", "text", run="relations"),
+        Outputs("classification-relation_pairs-test.jsonl", "text", run="relations"),
     ),
     "replay": Task(
         "The same with a quarter of presidents' addresses: what SmolLM2 forgets of them",
@@ -318,7 +318,7 @@ TASKS: dict[str, Task] = {
             ("the nearest source's translation", "translation_fr-baseline", "memory/bleu"),
             ("the source as it is", "translation_fr-baseline", "bleu"),
         ),
-        Outputs("generation-test.jsonl", "source"),
+        Outputs("generation-translation_fr-test.jsonl", "source"),
     ),
     "search": Task(
         "Packages by what they are for, by MiniLM",
@@ -333,6 +333,6 @@ TASKS: dict[str, Task] = {
         },
         ("recall@1", "mrr@10", "ndcg@10"),
         (("TF-IDF", "descriptions-baseline", "recall@1"),),
-        Outputs("search-test.jsonl", "query"),
+        Outputs("search-descriptions-test.jsonl", "query"),
     ),
 }

@@ -23,7 +23,7 @@ from llm_jax import errors
 from llm_jax.evaluation import bootstrap
 from llm_jax.evaluation import metrics
 
-FILE = "generation-test.jsonl"
+FILE = "generation-python_fill-test.jsonl"
 
 
 def parses(text: str) -> bool:

@@ -18,6 +18,7 @@ from etils import epath
 from llm_jax import checkpoint
 from llm_jax import command
 from llm_jax import errors
+from llm_jax.evaluation import files
 
 FILE = "lm_eval.json"
 _BATCH_SIZE = 16
@@ -93,11 +94,9 @@ def run(
 
 def write(workdir: str, results: dict[str, Any]) -> epath.Path:
     """Writes results but for the samples to WORKDIR/evaluation/STEP/lm_eval.json; returns the path."""
-    folder = epath.Path(workdir) / "evaluation" / str(results["config"]["step"])
-    folder.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in results.items() if name != "samples"}
     default = _imported("lm_eval.utils").handle_non_serializable
-    path = folder / FILE
+    path = files.folder_of(workdir, results["config"]["step"]) / FILE
     path.write_text(json.dumps(kept, indent=2, default=default, ensure_ascii=False) + "\n")
     return path
 

@@ -9,14 +9,15 @@ preferences      which of two answers has gained more since the start
 
 WORKDIR/evaluation/STEP/TASK.json          scores with 95% intervals, how they were counted, of what
 WORKDIR/evaluation/STEP/TASK.jsonl         what was given, wanted and said, an example a line
-WORKDIR/evaluation/STEP/confusion.png      of labels of sequences
+WORKDIR/evaluation/STEP/TASK.png           of labels of sequences, which are taken for which
+
+TASK is followed by the name of what was scored where that is not the run's own held-out split.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from typing import Any
@@ -36,6 +37,7 @@ from llm_jax.data import sources
 from llm_jax.data import tokenizer as tokenizer_lib
 from llm_jax.data.objectives import examples as objective_examples
 from llm_jax.evaluation import bootstrap
+from llm_jax.evaluation import files
 from llm_jax.evaluation import metrics
 from llm_jax.evaluation import predict
 from llm_jax.models import build
@@ -143,12 +145,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _write(name: str, given: Checkpoint, found: dict[str, Any], rows: Sequence[dict]) -> None:
-    folder = epath.Path(given.workdir) / "evaluation" / str(given.meta.step)
-    folder.mkdir(parents=True, exist_ok=True)
     name += f"-{given.of}" * bool(given.of)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text("".join(lines))
-    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    folder = files.write(given.workdir, given.meta.step, name, found, rows)
     if "confusion" in found:
         _draw(folder / f"{name}.png", found["confusion"], found["labels"])
 

@@ -5,18 +5,16 @@
     python -m llm_jax.search evaluate --workdir=RUN --pairs='test.jsonl:query,document'
 
 The last one writes scores and what each query found first to WORKDIR/evaluation/STEP/search-NAME.json and .jsonl, where
-NAME is the file's. `--pooling=mean` is for models whose checkpoint does not know how its states are pooled, as MiniLM's. Queries come
+NAME is that of the file's folder and the file's. `--pooling=mean` is for models whose checkpoint does not know how its states are pooled, as MiniLM's. Queries come
 from the terminal, a line each, where none is given.
 """
 
 import dataclasses
 import json
-import re
 import sys
 import time
 
 from absl import flags
-from etils import epath
 import numpy as np
 
 from llm_jax import checkpoint
@@ -24,6 +22,7 @@ from llm_jax import command
 from llm_jax import errors
 from llm_jax.data import sources
 from llm_jax.evaluation import bootstrap
+from llm_jax.evaluation import files
 from llm_jax.search import embedder as embedder_lib
 from llm_jax.search import index as index_lib
 from llm_jax.search import ranking
@@ -129,13 +128,8 @@ def _evaluate() -> None:
 
 
 def _write(step: int, found: dict, rows: list[dict]) -> None:
-    folder = epath.Path(command.required("workdir")) / "evaluation" / str(step)
-    folder.mkdir(parents=True, exist_ok=True)
-    pattern, _, _ = flags.FLAGS.pairs.rpartition(":")
-    name = "search-" + re.sub(r"\W+", "_", pattern.rpartition("/")[2].partition(".")[0])
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / f"{name}.jsonl").write_text("".join(lines))
-    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    name = f"search-{files.name_of(f'jsonl:{flags.FLAGS.pairs}')}"
+    files.write(command.required("workdir"), step, name, found, rows)
 
 
 if __name__ == "__main__":

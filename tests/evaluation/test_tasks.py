@@ -13,6 +13,7 @@ from llm_jax import config as config_lib
 from llm_jax import errors
 from llm_jax import evaluate
 from llm_jax import train
+from llm_jax.evaluation import files
 from llm_jax.evaluation import predict
 from llm_jax.evaluation import tasks
 from tests import commands
@@ -235,6 +236,19 @@ def test_a_source_of_its_own_is_scored_whole_without_what_was_trained_on(run_of,
     ]
 
 
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("jsonl:test.jsonl", "test"),
+        ("jsonl:/data/in french/test.v2.jsonl:text", "in_french-test"),
+        ("tfds:wikipedia/20230601.en", "wikipedia-20230601"),
+        ("text:gs://bucket/*.txt", "bucket-_"),
+    ],
+)
+def test_files_of_scores_are_named_by_what_was_scored(source, name):
+    assert files.name_of(source) == name
+
+
 def test_tasks_that_are_not_there_or_do_not_fit_are_refused(run_of):
     for name, said in (("clasification", "did you mean"), ("spans", "classification")):
         with pytest.raises(errors.UserError, match=said):
@@ -246,15 +260,23 @@ def test_tasks_that_are_not_there_or_do_not_fit_are_refused(run_of):
 @pytest.mark.slow
 def test_the_command_scores_tasks_and_says_what_is_wrong(run_of, tmp_path):
     workdir = run_of("sequence")
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RECORDS[:5]))
-    both, wrong = commands.run(
+    for name, rows in (("few", RECORDS[:5]), ("more", RECORDS[:7])):
+        (tmp_path / name).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "test.jsonl").write_text(lines)
+    flags = (f"--workdir={workdir}", "--tasks=loss,classification")
+    both, _, wrong = commands.run(
         "llm_jax.evaluate",
         tmp_path,
         [
-            [f"--workdir={workdir}", "--tasks=loss,classification", "--source=jsonl:test.jsonl"],
+            [*flags, "--source=jsonl:few/test.jsonl"],
+            [*flags, "--source=jsonl:more/test.jsonl"],
             [f"--workdir={workdir}", "--split=test"],
         ],
     )
+    # One leaves the other's files alone.
+    assert len(_rows(workdir, "classification-few-test")) == 5
+    assert len(_rows(workdir, "classification-more-test")) == 7
     assert both[0] == 0, both[2]
     loss, found = map(json.loads, both[1].splitlines())
     assert "eval/validation/loss" in loss and found["examples"] == 5
@@ -277,6 +299,7 @@ def test_answers_do_not_depend_on_hosts(run_of, tmp_path, objective, name):
         (line,) = run.out.getvalue().splitlines()
         record = json.loads(line.removeprefix("[0] "))
         del record["seconds"]
-        found.append((record, _rows(workdir, f"{name}-test")))
+        name_of_data = files.name_of(f"jsonl:{tmp_path}/test.jsonl")
+        found.append((record, _rows(workdir, f"{name}-{name_of_data}")))
     assert found[0] == found[1]
     assert found[0][0]["examples"] == len(found[0][1]) == 13

@@ -154,7 +154,7 @@ def test_the_commands(workdir, tmp_path):
     assert found["queries"] == len(TEXTS)
     recall = found["scores"]["recall@1"]
     assert recall["low"] <= recall["value"] <= recall["high"]
-    (kept,) = pathlib.Path(workdir).glob("evaluation/*/search-rows.jsonl")
+    (kept,) = pathlib.Path(workdir).glob(f"evaluation/*/search-{tmp_path.name}-rows.jsonl")
     hits = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [hit["query"] for hit in hits] == [row["q"] for row in rows]
     first = sum(hit["prediction"] == hit["target"] for hit in hits) / len(hits)
