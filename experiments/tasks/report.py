@@ -29,6 +29,9 @@ def rows(found: Mapping[str, Mapping[str, Any]]) -> str:
             f"{key} {_score(row['scores'][key])}" for key in _shown(name, row["scores"])
         )
         beside = "; ".join(f"{one['label']} {_value(one)}" for one in row["baselines"])
+        if row["found"]:
+            *others, (_, scores) = _of_runs(row["found"])
+            beside = "; ".join(f"{run}: {cell}" for run, cell in others)
         seconds = row["seconds"]
         training = sum(value for stage, value in seconds.items() if stage.startswith("train"))
         minutes = f"{training / 60:.0f}, {sum(seconds.values()) / 60:.0f}"
@@ -46,6 +49,15 @@ def rows(found: Mapping[str, Mapping[str, Any]]) -> str:
             cells = (_cell(output[key]) for key in ("given", "wanted", "said"))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _of_runs(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns each run of a report on forgetting, and what it scores on the old data and on the new."""
+    name = found["score"]
+    return [
+        (run, ", ".join(f"{name} on the {key} {_score(one[key]['scores'][name])}" for key in one))
+        for run, one in found["runs"].items()
+    ]
 
 
 def _shown(name: str, scores: Mapping[str, Any]) -> list[str]:
