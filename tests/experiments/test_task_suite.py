@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import pathlib
+import shlex
 import sysconfig
 
 import pytest
@@ -18,6 +19,7 @@ from experiments.tasks.data import dialogue
 from experiments.tasks.data import marked
 from experiments.tasks.data import python_code
 from llm_jax import errors
+from llm_jax.evaluation import files
 
 # --- graphs ----------------------------------------------------------------------------------------
 
@@ -200,6 +202,17 @@ def test_rows_of_the_table_say_what_results_say(runner):
     assert "0.500 [0.400, 0.600]" in table and "a rule 0.100" in table
 
 
+def test_what_is_forgotten_is_in_the_table_too(runner):
+    runs, _ = runner
+    with pytest.raises(errors.UserError):
+        runs.run()
+    scored = {"step": 1, "scores": {"loss": {"value": 2.5, "low": 2.0, "high": 3.0}}}
+    found = {"score": "loss", "runs": {name: {"old": scored, "new": scored} for name in "ab"}}
+    table = report.rows({"x": runs.run() | {"found": found}})
+    cell = "loss on the old 2.500 [2.000, 3.000], loss on the new 2.500 [2.000, 3.000]"
+    assert f"| {cell} | a: {cell} |" in table
+
+
 def test_conversations_and_answers_are_shown_as_texts():
     said = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "this"}]
     assert run._cut(said) == "which? / this" and run._cut(["a", "b"]) == "a / b"
@@ -237,3 +250,17 @@ def test_all_tasks_name_configs_and_data_that_there_are():
                 if part.startswith("--config="):
                     path = part.removeprefix("--config=").partition(":")[0]
                     assert (run.ROOT / path).is_file(), (name, path)
+
+
+@pytest.mark.parametrize("name", [name for name, task in suite.TASKS.items() if task.outputs])
+def test_outputs_are_those_of_what_was_scored(name):
+    shown = suite.TASKS[name].outputs
+    written = {f"{complete.NAME}.jsonl"}
+    for line in suite.TASKS[name].commands.values():
+        flags = dict(part.partition("=")[::2] for part in shlex.split(line))
+        if flags.get("--workdir") != f"runs/{shown.run or name}":
+            continue
+        task, source = flags.get("--tasks", "search"), flags.get("--source", "")
+        source = source or "jsonl:" + flags.get("--pairs", "")
+        written.add(f"{task}-{files.name_of(source)}.jsonl")
+    assert shown.file in written
