@@ -109,7 +109,7 @@ def run(name: str, given: Checkpoint, options: Options) -> dict[str, Any]:
         "task": name,
         "step": given.meta.step,
         "split": given.cache.manifest.split,
-        "source": given.config.data.source,
+        "source": given.config.data.eval_source or given.config.data.source,
         "examples": len(result.rows),
         "scores": {key: dataclasses.asdict(one) for key, one in result.scores.estimates.items()},
         "interval": f"{bootstrap.LEVEL:.0%}, {bootstrap.COUNT} resamples of examples",

@@ -280,6 +280,7 @@ def test_the_command_scores_tasks_and_says_what_is_wrong(run_of, tmp_path):
     assert both[0] == 0, both[2]
     loss, found = map(json.loads, both[1].splitlines())
     assert "eval/validation/loss" in loss and found["examples"] == 5
+    assert found["source"] == "jsonl:few/test.jsonl"
     assert "accuracy" in both[2]
     assert wrong[0] == 2 and "files of their own by --source" in wrong[2]
 
