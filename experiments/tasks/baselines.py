@@ -1,6 +1,7 @@
 """What is to be beaten, by data set: `python -m experiments.tasks.baselines NAME [--preprocessing=normalise,...]`.
 
     newsgroups, spam   TF-IDF and a linear support vector machine
+    sentiment          the same; and the sum of what a lexicon says of the words
     summaries          the first sentence of the long description
     descriptions       TF-IDF vectors of queries and documents, by their cosine
     definitions        the answer to the question that is nearest by TF-IDF, of the training split
@@ -26,6 +27,8 @@ from absl import flags
 import numpy as np
 
 from experiments.tasks.data import dialogue
+from experiments.tasks.data import sentiment as sentiment_data
+from experiments.tasks.data import splits
 from llm_jax import command
 from llm_jax import errors
 from llm_jax.data import preprocessing
@@ -78,6 +81,21 @@ def labels(name: str, change: preprocessing.Stage) -> Baseline:
         *(np.array([names.index(x) for x in y]) for y in (wanted, said)), names
     )
     return Baseline(scores.estimates, _some([row["text"] for row in test], wanted, said))
+
+
+def sentiment(name: str, change: preprocessing.Stage) -> Baseline:
+    """As of any labels; and the sign of the sum of what VADER's lexicon says of the words, without VADER's rules.
+
+    Sentences without a word of the lexicon count as negative.
+    """
+    test, ratings = read(name, "test"), sentiment_data.lexicon()
+    sums = [sum(ratings.get(word, 0.0) for word in splits.words_of(row["text"])) for row in test]
+    said = np.array([int(total > 0) for total in sums])
+    wanted = np.array([int(row["label"] == "positive") for row in test])
+    found = labels(name, change)
+    by_lexicon = metrics.classification(wanted, said, ["negative", "positive"]).estimates
+    scores = dict(found.scores) | {f"lexicon/{key}": one for key, one in by_lexicon.items()}
+    return dataclasses.replace(found, scores=scores)
 
 
 def summaries(name: str, change: preprocessing.Stage) -> Baseline:
@@ -177,6 +195,7 @@ def _some(
 BASELINES: dict[str, Callable[[str, preprocessing.Stage], Baseline]] = {
     "newsgroups": labels,
     "spam": labels,
+    "sentiment": sentiment,
     "summaries": summaries,
     "descriptions": descriptions,
     "definitions": definitions,

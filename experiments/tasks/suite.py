@@ -137,6 +137,21 @@ TASKS: dict[str, Task] = {
         (("TF-IDF and a linear SVM", "spam-baseline", "accuracy"),),
         Outputs("classification-spam-test.jsonl", None),
     ),
+    "sentiment": Task(
+        "Sentences of film reviews, by MiniLM",
+        ("sentiment",),
+        ("minilm",),
+        {
+            "train": _train("sentiment", "sentiment", "runs/minilm"),
+            "evaluate": _evaluate("sentiment", "classification", "sentiment"),
+        },
+        ("accuracy", "macro_f1"),
+        (
+            ("TF-IDF and a linear SVM", "sentiment-baseline", "accuracy"),
+            ("the sum of a lexicon's ratings", "sentiment-baseline", "lexicon/accuracy"),
+        ),
+        Outputs("classification-sentiment-test.jsonl", None),
+    ),
     "translation_it": Task(
         "Debian's descriptions in Italian, an encoder-decoder from scratch",
         ("translation:it",),

@@ -61,6 +61,16 @@ def test_stages_are_of_what_is_counted(write):
     assert _value("spam", "accuracy") < 1.0
 
 
+def test_a_lexicon_sums_what_its_words_are_rated(write, monkeypatch):
+    ratings = {"good": 2.0, "fun": 1.0, "bad": -2.5}
+    monkeypatch.setattr(baselines.sentiment_data, "lexicon", lambda: ratings)
+    rows = [("Good fun!", "positive"), ("good, bad", "negative"), ("a fun film", "positive")]
+    rows = [{"text": text, "label": label} for text, label in [*rows, ("a film", "positive")]]
+    for split in ("train", "validation", "test"):
+        write("sentiment", split, rows)
+    assert _value("sentiment", "lexicon/accuracy") == 0.75  # nothing is known of the last
+
+
 def test_what_is_kept_has_no_texts(write):
     write("summaries", "test", [{"long": "A secret text. And more.", "short": "the secret"}] * 3)
     kept, found = baselines.score("summaries", [])

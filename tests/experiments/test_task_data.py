@@ -12,6 +12,7 @@ from experiments.tasks.data import newsgroups
 from experiments.tasks.data import passages
 from experiments.tasks.data import python_code
 from experiments.tasks.data import relations
+from experiments.tasks.data import sentiment
 from experiments.tasks.data import spam
 from experiments.tasks.data import splits
 from experiments.tasks.data import wordnet
@@ -186,6 +187,23 @@ def test_mails_have_no_headers_and_tables_no_header_lines():
     assert newsgroups.examples_of(table) == [
         {"text": "some text", "label": "alt.x"}, {"text": "other text", "label": "sci.y"},
     ]  # fmt: skip
+
+
+def test_sentences_are_labelled_by_the_sign_of_their_rating():
+    table = "1\t2.5\tGood fun.\n2\t-0.1\tDull\n3\t0.0\tA film\n\n"
+    assert sentiment.examples_of(table) == [
+        {"text": "Good fun.", "label": "positive", "rating": 2.5},
+        {"text": "Dull", "label": "negative", "rating": -0.1},
+    ]
+
+
+def test_the_same_words_are_in_the_same_split():
+    rows = [{"text": f"{_text(i, 3)}{end}"} for i in range(200) for end in ("", "!")]
+    found = splits.by_words(rows)
+    for split in found.values():
+        words = [splits.words_of(row["text"]) for row in split]
+        assert words[::2] == words[1::2]
+    assert 20 < len(found["validation"]) < 60 < len(found["test"]) < 110
 
 
 def test_holes_are_what_stands_between(tmp_path):

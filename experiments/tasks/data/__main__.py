@@ -13,6 +13,7 @@ from experiments.tasks.data import newsgroups
 from experiments.tasks.data import passages
 from experiments.tasks.data import python_code
 from experiments.tasks.data import relations
+from experiments.tasks.data import sentiment
 from experiments.tasks.data import spam
 from experiments.tasks.data import splits
 from llm_jax import command
@@ -22,6 +23,7 @@ FOLDER = pathlib.Path.home() / ".cache" / "llm_jax" / "tasks"
 DATA_SETS = {
     "newsgroups": newsgroups.load,
     "spam": spam.load,
+    "sentiment": sentiment.load,
     "summaries": debian.summaries,
     "descriptions": debian.descriptions,
     "definitions": definitions.definitions,

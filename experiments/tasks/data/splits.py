@@ -67,6 +67,12 @@ def by_key(
     return found
 
 
+def by_words(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """Returns examples with a text by split, a tenth for validation and a fifth for test: same words, same split."""
+    shares = {"validation": 0.1, "test": 0.2}
+    return by_key(examples, lambda example: " ".join(words_of(example["text"])), shares)
+
+
 def words_of(text: str) -> list[str]:
     """Returns the words of a text, lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
